@@ -1,0 +1,48 @@
+"""``fedmedgan``: parse, call, print. Each command group is one file beside this one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+# Nobody outside learns that a study runs: set before anything imports Flower or Ray.
+os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
+
+import typer
+
+from fedmedgan.cli import dataset, output, simulate, study
+from fedmedgan.shared.errors import FedMedGanError
+
+app = typer.Typer(
+    name="fedmedgan",
+    help="Hospitals train one generator of synthetic medical images together, and share no image.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(study.app, name="study")
+app.add_typer(dataset.app, name="dataset")
+app.command("simulate")(simulate.simulate)
+
+
+class Format(StrEnum):
+    human = "human"
+    json = "json"
+
+
+@app.callback()
+def options(
+    format: Annotated[Format, typer.Option(help="Text for people, or one JSON envelope.")] = Format.human,
+) -> None:
+    output.use_format(format.value)
+
+
+def run() -> None:
+    """Entry point: an error of ours is one line and exit code 2."""
+    try:
+        app()
+    except FedMedGanError as error:
+        output.emit_error(error)
+        sys.exit(2)

@@ -1,0 +1,52 @@
+"""One contract for everything that a command prints.
+
+Human text on stdout by default; with ``--format json`` exactly one envelope on stdout. Logs and progress go to stderr.
+An error is one line on stderr (or the envelope with ``"status": "error"``) and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rich.console import Console
+
+from fedmedgan.shared.errors import FedMedGanError
+
+SCHEMA_VERSION = "1"
+
+_format: Literal["human", "json"] = "human"
+
+
+def use_format(name: Literal["human", "json"]) -> None:
+    """Choose the form of what this process prints."""
+    global _format
+    _format = name
+
+
+def wants_json() -> bool:
+    return _format == "json"
+
+
+def console() -> Console:
+    """Where human text goes: stdout, or stderr when stdout carries the envelope."""
+    return Console(stderr=wants_json(), highlight=False)
+
+
+def emit(data: dict[str, Any], human: Callable[[Console], None]) -> None:
+    """Print a result: `data` as the envelope, or whatever `human` draws."""
+    if wants_json():
+        print(json.dumps({"schema_version": SCHEMA_VERSION, "status": "ok", "data": data}, allow_nan=False))
+    else:
+        human(console())
+
+
+def emit_error(error: FedMedGanError) -> None:
+    """Print an error: one line, no traceback."""
+    if wants_json():
+        body = {"code": error.code, "what": error.what, "where": error.where, "hint": error.hint}
+        print(json.dumps({"schema_version": SCHEMA_VERSION, "status": "error", "error": body}))
+    else:
+        print(error.line(), file=sys.stderr)

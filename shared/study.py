@@ -1,0 +1,274 @@
+"""The Study: the one agreement that every party holds, byte for byte.
+
+A study is written in TOML, validated into frozen models, and named by the SHA-256 of its canonical JSON (RFC 8785).
+That hash is bound into every message, ciphertext and ledger record: change one digit and it is another study.
+
+Everything in here is public among the parties. Nothing in here is computed from patients: the sampling rate and
+the number that gradients are divided by come from the DECLARED number of patients, never from the folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedmedgan.shared.errors import StudyError
+
+MIN_SITES = 3
+"""With two sites each could subtract its own update from the sum and read the other's."""
+MAX_SITES = 100
+"""Bound of the exactness argument for sums of seeded ciphertexts (docs/decisions/0002)."""
+MAX_FILE_BYTES = 1 << 20
+
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,30}$")]
+HexKey = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Site(_Part):
+    """One hospital of the roster."""
+
+    name: SiteName
+    patients: Annotated[int, Field(ge=10, le=10_000_000)]
+    """Number of patients that the hospital declares, rounded down; public. Its folder must hold at least as many."""
+    weight: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Integer weight of this site's update in the mean."""
+    signing_key: HexKey = ""
+    """Ed25519 public key, 64 hex digits."""
+    exchange_key: HexKey = ""
+    """X25519 public key, 64 hex digits: pairwise masks."""
+
+
+class Images(_Part):
+    """What an image is, and which files of a folder are taken."""
+
+    size: Literal[28, 32, 64, 128] = 64
+    """Side in pixels; images are square, one channel."""
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=20)] = ("clear", "opacity")
+    modalities: Annotated[tuple[str, ...], Field(min_length=1)] = ("CR", "DX")
+    """DICOM Modality (0008,0060) values that are taken."""
+
+
+class Gan(_Part):
+    """The networks."""
+
+    recipe: Literal["cdcgan"] = "cdcgan"
+    latent: Annotated[int, Field(ge=2, le=1024)] = 64
+    """Length of the latent vector."""
+    width: Annotated[int, Field(ge=4, le=256)] = 16
+    """Channels of the discriminator's first layer; doubled by each further one."""
+    norm: Literal["group", "none"] = "group"
+    init_seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Seed of the initial weights, which are public: every site starts from the same ones."""
+
+
+class Training(_Part):
+    """What one hospital does in one round."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 10
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 30
+    """Private discriminator steps a round."""
+    patients_per_step: Annotated[int, Field(ge=1, le=100_000)] = 16
+    """Expected number of patients in one Poisson batch; also the fixed number of fakes, and what sums are divided by."""
+    discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Discriminator steps for each generator step."""
+    discriminator_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    generator_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+class Privacy(_Part):
+    """The promise to every patient of every site, over ALL rounds."""
+
+    epsilon: Annotated[float, Field(ge=0.01, le=100)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """C: L2 bound of one record's gradient."""
+
+
+class SecureSum(_Part):
+    """How an update becomes integers. Encryption itself has no settings: docs/decisions/0002."""
+
+    bits: Annotated[int, Field(ge=4, le=16)] = 8
+    """Bits of one quantised value."""
+    update_range: Annotated[float, Field(gt=0, le=100)] = 0.05
+    """Values of an update are limited to [-update_range, update_range]; how many were limited is counted and shown."""
+
+
+class Convergence(_Part):
+    """When to stop before the last round, judged on generated images only, so at no privacy cost."""
+
+    patience: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Stop once the generator's loss has stayed within `tolerance` for this many rounds; 0 never stops early."""
+    tolerance: Annotated[float, Field(ge=0, le=10)] = 0.01
+
+
+class Study(_Part):
+    """The whole agreement. `hash` names it."""
+
+    name: SiteName
+    version: Literal[1] = 1
+    sites: Annotated[tuple[Site, ...], Field(min_length=1, max_length=MAX_SITES)]
+    round_timeout: Annotated[float, Field(ge=1, le=604_800)] = 3600.0
+    """Seconds that the coordinator waits for the hospitals of one round."""
+    images: Images = Images()
+    gan: Gan = Gan()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    secure_sum: SecureSum = SecureSum()
+    convergence: Convergence = Convergence()
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Study:
+        names = [s.name for s in self.sites]
+        if len(names) < MIN_SITES:
+            raise StudyError("STUDY_ROSTER", f"{len(names)} sites, at least {MIN_SITES} are needed", "sites")
+        if len(set(names)) != len(names):
+            raise StudyError("STUDY_ROSTER", "two sites have the same name", "sites")
+        if len(set(self.images.classes)) != len(self.images.classes):
+            raise StudyError("CONFIG_RANGE", "two classes have the same name", "images.classes")
+        keys = [k for s in self.sites for k in (s.signing_key, s.exchange_key) if k]
+        if len(set(keys)) != len(keys):
+            raise StudyError("STUDY_ROSTER", "two sites have the same key", "sites")
+        for site in self.sites:
+            if self.training.patients_per_step > site.patients:
+                raise StudyError(
+                    "CONFIG_RANGE",
+                    f"patients_per_step = {self.training.patients_per_step} is more than the"
+                    f" {site.patients} patients of {site.name}",
+                    "training.patients_per_step",
+                )
+            if self.privacy.delta * site.patients >= 1:
+                raise StudyError(
+                    "CONFIG_DELTA",
+                    f"delta = {self.privacy.delta:g} is not below 1/{site.patients} ({site.name})",
+                    "privacy.delta",
+                )
+        return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON (RFC 8785), 64 hex digits."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    def canonical(self) -> bytes:
+        """The study as canonical JSON, UTF-8."""
+        return rfc8785.dumps(self.model_dump(mode="json"))
+
+    def site(self, name: str) -> Site:
+        """The site of that name.
+
+        Raises:
+            StudyError: CONFIG_RANGE, no site has that name.
+        """
+        return self.sites[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Place of a site in the roster."""
+        names = [s.name for s in self.sites]
+        if name not in names:
+            raise StudyError("STUDY_ROSTER", f"no site is called {name!r}", "sites")
+        return names.index(name)
+
+    def sampling_rate(self, site: Site) -> float:
+        """q: chance of each patient to be in one step, from the DECLARED number of patients."""
+        return self.training.patients_per_step / site.patients
+
+    @property
+    def total_steps(self) -> int:
+        """Private steps of one site over all rounds."""
+        return self.training.rounds * self.training.local_steps
+
+
+def load(path: Path) -> Study:
+    """Read and validate a study.
+
+    Raises:
+        StudyError: one clear line; see the codes CONFIG_* and STUDY_*.
+    """
+    try:
+        if not path.is_file():
+            raise StudyError("CONFIG_NOT_FOUND", "there is no such file", str(path))
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise StudyError("CONFIG_TOO_LARGE", "the file is larger than 1 MiB", str(path))
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise StudyError("CONFIG_ENCODING", "the file is not UTF-8", str(path)) from None
+    except OSError as error:
+        raise StudyError("CONFIG_NOT_FOUND", f"cannot be read ({error.strerror})", str(path)) from None
+    return parse(text, where=str(path))
+
+
+def parse(text: str, where: str = "study") -> Study:
+    """Validate a study given as TOML text. Raises StudyError like `load`."""
+    if not text.strip():
+        raise StudyError("CONFIG_EMPTY", "the file is empty", where)
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise StudyError("CONFIG_SYNTAX", f"not valid TOML: {error}", where) from None
+    return from_dict(values, where)
+
+
+def from_dict(values: dict[str, Any], where: str = "study") -> Study:
+    """Validate a study given as plain values (of TOML or JSON). Raises StudyError like `load`."""
+    try:
+        return Study.model_validate(_lists_to_tuples(values))
+    except ValidationError as error:
+        raise _first_problem(error, values, where) from None
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists_to_tuples(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_to_tuples(v) for v in value)
+    return value
+
+
+def _first_problem(error: ValidationError, values: dict[str, Any], where: str) -> StudyError:
+    """Pydantic's first complaint as one of ours."""
+    problem = error.errors(include_url=False)[0]
+    kind, location, given = problem["type"], problem["loc"], problem.get("input")
+    place = f"{where}: {'.'.join(str(p) for p in location)}"
+    if kind == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        guess = f", did you mean {close[0]!r}?" if close else ""
+        return StudyError("CONFIG_UNKNOWN_KEY", f"unknown key {str(location[-1])!r}{guess}", place)
+    if kind == "missing":
+        return StudyError("CONFIG_MISSING_KEY", f"the key {str(location[-1])!r} is missing", place)
+    if isinstance(given, float) and not math.isfinite(given):
+        return StudyError("CONFIG_NOT_FINITE", f"{given} is not a finite number", place)
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    if location and location[-1] == "delta":
+        return StudyError("CONFIG_DELTA", message, place)
+    if location and location[0] == "sites" and (len(location) == 1 or location[-1] == "name"):
+        return StudyError("STUDY_ROSTER", message, place)
+    code = "CONFIG_TYPE" if kind.endswith(("_type", "_parsing", "_from_float")) else "CONFIG_RANGE"
+    return StudyError(code, message, place)
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that are allowed at a place of the study."""
+    model: type[BaseModel] = Study
+    for step in location:
+        if step == "sites":
+            model = Site
+        elif isinstance(step, str) and step in model.model_fields:
+            annotation = model.model_fields[step].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+    return list(model.model_fields)
