@@ -1,0 +1,1 @@
+"""One hospital: its data, its GAN, its privacy ledger, its keys."""

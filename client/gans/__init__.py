@@ -1,0 +1,1 @@
+"""One file a recipe: networks and losses, nothing else."""

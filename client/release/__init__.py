@@ -1,0 +1,1 @@
+"""What may be made of a trained generator: samples and their evaluation."""

@@ -1,0 +1,1 @@
+"""Private steps, and the round that is made of them."""

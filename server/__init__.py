@@ -1,0 +1,1 @@
+"""The coordinator: adds ciphertexts that it cannot read. Imports shared only; no torch, no secret key, ever."""

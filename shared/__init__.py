@@ -1,0 +1,1 @@
+"""What every party must agree on. Imports none of the other rooms, and no torch."""

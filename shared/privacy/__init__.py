@@ -1,0 +1,1 @@
+"""Events, accounting, ledger, budget: flat, each readable alone."""

@@ -1,0 +1,1 @@
+"""A consortium on one machine: sites, phantoms, comparison arms, report."""
