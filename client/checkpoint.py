@@ -1,0 +1,129 @@
+"""A hospital's state on its own disk: both networks, its Adam states, and the update that it is about to send.
+
+safetensors only, so nothing that is loaded can run code; written to a temporary file, flushed to the disk and renamed,
+so a file is either the old one or the new one; checked by hash when read, because a flipped byte loads silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as safetensors_load
+from safetensors.numpy import save as safetensors_save
+from torch import nn
+
+from fedmedgan.shared.errors import ModelError
+
+Arrays = dict[str, np.ndarray]
+
+
+def content_hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes in the order of the names: 64 hex digits."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], **notes: str | int) -> str:
+    """Write arrays and notes so that they survive a crash at any point. Returns the content hash."""
+    contiguous = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    digest = content_hash(contiguous)
+    metadata = {"sha256": digest, "notes": json.dumps(notes, sort_keys=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(safetensors_save(contiguous, metadata=metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    return digest
+
+
+def read(path: Path) -> tuple[Arrays, dict[str, str | int]]:
+    """Arrays and notes of a file that `write` made.
+
+    Raises:
+        ModelError: MODEL_HASH, the file is missing, cut, or any bit of its arrays differs.
+    """
+    try:
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        metadata, arrays = header["__metadata__"], safetensors_load(raw)
+        notes = json.loads(metadata["notes"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise ModelError("MODEL_HASH", "the checkpoint is missing or damaged", path.name) from None
+    if content_hash(arrays) != metadata["sha256"]:
+        raise ModelError("MODEL_HASH", "the checkpoint's content differs from its hash", path.name)
+    return arrays, notes
+
+
+def network_arrays(generator: nn.Module, discriminator: nn.Module) -> Arrays:
+    """Weights of both networks, named ``generator.*`` and ``discriminator.*``."""
+    pairs = (("generator", generator), ("discriminator", discriminator))
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu().numpy()
+        for prefix, network in pairs
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def load_networks(arrays: Mapping[str, np.ndarray], generator: nn.Module, discriminator: nn.Module) -> None:
+    """Put weights into both networks.
+
+    Raises:
+        ModelError: MODEL_MISMATCH, other names, shapes or types; MODEL_NOT_FINITE.
+    """
+    expected = network_arrays(generator, discriminator)
+    if {n: (a.shape, a.dtype) for n, a in expected.items()} != {n: (a.shape, a.dtype) for n, a in arrays.items()}:
+        raise ModelError("MODEL_MISMATCH", "names, shapes or types of the weights differ", "checkpoint")
+    if not all(np.isfinite(a).all() for a in arrays.values()):
+        raise ModelError("MODEL_NOT_FINITE", "the checkpoint holds NaN or infinity", "checkpoint")
+    for prefix, network in (("generator.", generator), ("discriminator.", discriminator)):
+        own = {n.removeprefix(prefix): torch.from_numpy(a.copy()) for n, a in arrays.items() if n.startswith(prefix)}
+        network.load_state_dict(own)
+
+
+def flatten(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All values as one float32 vector (P,), in the order of the names."""
+    return np.concatenate([arrays[name].ravel() for name in sorted(arrays)]).astype(np.float32, copy=False)
+
+
+def unflatten(vector_P: np.ndarray, like: Mapping[str, np.ndarray]) -> Arrays:
+    """The inverse of `flatten`, with names and shapes of `like`."""
+    sizes = [like[name].size for name in sorted(like)]
+    parts = np.split(vector_P, np.cumsum(sizes)[:-1])
+    return {name: part.reshape(like[name].shape) for name, part in zip(sorted(like), parts, strict=True)}
+
+
+def optimizer_arrays(**optimizers: torch.optim.Optimizer) -> Arrays:
+    """States of Adam optimisers as arrays, named ``<optimizer>.<parameter index>.<field>``."""
+    return {
+        f"{name}.{index}.{field}": torch.as_tensor(value).cpu().numpy()
+        for name, optimizer in optimizers.items()
+        for index, state in optimizer.state_dict()["state"].items()
+        for field, value in state.items()
+    }
+
+
+def load_optimizers(arrays: Mapping[str, np.ndarray], **optimizers: torch.optim.Optimizer) -> None:
+    """Put states from `optimizer_arrays` back."""
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, array in arrays.items():
+            owner, index, field = key.split(".")
+            if owner == name:
+                state.setdefault(int(index), {})[field] = torch.from_numpy(array.copy())
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
