@@ -39,6 +39,7 @@ HINTS: dict[str, str] = {
     "DATA_LABEL": "put images into one folder per class, or add labels.csv with the columns path,label",
     "DATA_TOO_FEW": "the study promises more patients at this site; correct `patients` in the study",
     "DATA_DUPLICATE": "remove the copy",
+    "DATA_EVALUATION": "give finite images of one size, and several of every class, for training and for testing",
     "DICOM_NOT_DICOM": "only DICOM files with a preamble and file meta information are read",
     "DICOM_NOT_IMAGE": "files without pixels are skipped",
     "DICOM_TRUNCATED": "export the file again",
@@ -103,6 +104,7 @@ HINTS: dict[str, str] = {
     "RUN_DEVICE": "choose device = \"cpu\", or install the driver",
     "RUN_EXTRA": "install the extra that is named",
     "RUN_FLOWER": "see the log in the run folder",
+    "RUN_CRASHED": "an unforeseen error; the hospital's own events.jsonl holds it",
 }
 """code -> what to do about it. A code is never used for a second meaning."""
 

@@ -1,0 +1,86 @@
+"""The hospital's Flower app: takes a message, answers it, and lets no exception text out.
+
+Deployed, Flower tells where the hospital's home folder is: ``--node-config 'home="/srv/fedmedgan"'``. That setting is
+the hospital's own; nothing that the coordinator sends can change it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedmedgan.client.cycle import Hospital
+from fedmedgan.shared.errors import FedMedGanError, RunError
+from fedmedgan.shared.eventlog import EventLog
+from fedmedgan.shared.messages import Certificate, Envelope, Refusal, RoundOpen
+
+MAX_PAYLOAD_BYTES = 4 << 30
+
+
+def make_app(home_of: Callable[[Context], Path], *, insecure_seed: int | None = None) -> ClientApp:
+    """A ClientApp whose hospitals live in the folders that `home_of` names."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context, reply: Callable[[Hospital, Envelope], Envelope]) -> Message:
+        home = home_of(context)
+        log = EventLog(home / "events.jsonl")
+        try:
+            hospital = Hospital(home, insecure_seed=insecure_seed)
+        except FedMedGanError as error:
+            log.write("failed", error=error.line())
+            raise RuntimeError(error.code) from None  # without keys and study there is nobody to sign a refusal
+        try:
+            sealed = reply(hospital, Envelope.from_record(message.content, MAX_PAYLOAD_BYTES))
+        except FedMedGanError as error:
+            log.write("refused", error=error.line())
+            sealed = refuse(hospital, error.code)
+        except Exception:  # the text of an unknown error may hold patient data: it stays here, in the hospital's log
+            log.write("failed", error=traceback.format_exc())
+            sealed = refuse(hospital, "RUN_CRASHED")
+        return Message(sealed.to_record(), reply_to=message)
+
+    @app.query()
+    def roll(message: Message, context: Context) -> Message:
+        return answer(message, context, lambda hospital, _: hospital.present())
+
+    @app.train()
+    def local_update(message: Message, context: Context) -> Message:
+        def reply(hospital: Hospital, envelope: Envelope) -> Envelope:
+            return hospital.local_update(envelope.open(RoundOpen, hospital.study, signed=False))
+
+        return answer(message, context, reply)
+
+    @app.train("apply")
+    def apply_sum(message: Message, context: Context) -> Message:
+        def reply(hospital: Hospital, envelope: Envelope) -> Envelope:
+            certificate = envelope.open(Certificate, hospital.study, signed=False)
+            return hospital.apply_sum(certificate, envelope.payload)
+
+        return answer(message, context, reply)
+
+    return app
+
+
+def refuse(hospital: Hospital, code: str) -> Envelope:
+    """A signed no: the code goes out, the words stay in."""
+    header = Refusal(study=hospital.study.hash, hospital=hospital.site.name, code=code)
+    return Envelope.seal(header, hospital.keys.signing)
+
+
+def home_from_node_config(context: Context) -> Path:
+    """The hospital's home folder as its own SuperNode was told.
+
+    Raises:
+        RunError: RUN_PATH.
+    """
+    home = context.node_config.get("home")
+    if not isinstance(home, str):
+        raise RunError("RUN_PATH", "the SuperNode was not told the hospital's home folder", "--node-config home=")
+    return Path(home)
+
+
+app = make_app(home_from_node_config)

@@ -1,0 +1,412 @@
+"""The four-phase cycle as one hospital sees it: phase 1 (`local_update`) and phases 3 and 4 (`apply_sum`).
+
+Everything that a hospital knows lies in its home folder, so a message can be answered by a new process each time:
+
+    policy.toml            its own rules                     client/policy.py
+    study.json             the agreement, and sigma for this site
+    keys/                  identity, key epoch, pseudonym key  shared/secure_sum/keys.py
+    ledger.jsonl           what was spent, over all studies  shared/privacy/ledger.py
+    model.safetensors      the shared model and its round    client/checkpoint.py
+    optimizers.safetensors its own Adam states
+    update.safetensors     the update of the open round, until its sum was applied
+    cache/, samples/, events.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmedgan.client import checkpoint
+from fedmedgan.client.data.patients import PatientImages, load_patients
+from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.policy import Policy
+from fedmedgan.client.release import pictures
+from fedmedgan.client.training.accountant import ENFORCED
+from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
+from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
+from fedmedgan.shared.errors import DataError, MessageError, ModelError, RunError, StudyError
+from fedmedgan.shared.eventlog import EventLog
+from fedmedgan.shared.messages import Applied, Certificate, Envelope, Present, RoundOpen, Update, open_certificate
+from fedmedgan.shared.privacy.accounting import calibrate_noise
+from fedmedgan.shared.privacy.budget import Budget
+from fedmedgan.shared.privacy.events import TrainingSteps
+from fedmedgan.shared.privacy.ledger import Ledger
+from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.secure_sum import cipher, masks, proof
+from fedmedgan.shared.secure_sum.keys import HospitalKeys
+from fedmedgan.shared.secure_sum.quantize import SlotPlan
+from fedmedgan.shared.study import Study, from_dict
+
+SAMPLE_COLUMNS = 8
+
+
+def slot_plan(study: Study, n_values: int) -> SlotPlan:
+    """How this study's updates are packed; equal at every site."""
+    s = study.secure_sum
+    return SlotPlan(n_values, s.bits, s.update_range, sum(site.weight for site in study.sites))
+
+
+def join(home: Path, study: Study) -> None:
+    """The hospital enters a study: checks it against its policy, calibrates the noise, opens the ledger.
+
+    Raises:
+        PrivacyError: BUDGET_EXHAUSTED, LEDGER_*.
+        StudyError: STUDY_KEYS, the study has no keys or not this hospital's.
+    """
+    policy = Policy.load(home / "policy.toml")
+    keys = HospitalKeys.load(home / "keys")
+    site = study.site(policy.site)
+    policy.grant(study)
+    if (site.signing_key, site.exchange_key) != (keys.signing_public, keys.exchange_public):
+        raise StudyError("STUDY_KEYS", "the study lists other keys for this hospital", site.name)
+    sigma = calibrate_noise(
+        epsilon=study.privacy.epsilon,
+        delta=study.privacy.delta,
+        sampling_rate=study.sampling_rate(site),
+        steps=study.total_steps,
+    )
+    with Ledger(home / "ledger.jsonl", site.name) as ledger:
+        ledger.open_study(study.hash, delta=study.privacy.delta, ceiling=study.privacy.epsilon)
+    text = json.dumps({"study": study.model_dump(mode="json"), "hash": study.hash, "noise_multiplier": sigma})
+    (home / "study.json").write_text(text, encoding="utf-8")
+
+
+class Hospital:
+    """One hospital, opened from its home folder.
+
+    Args:
+        insecure_seed: makes noise and sampling repeatable and worthless; only a simulation can pass it.
+    """
+
+    def __init__(self, home: Path, *, insecure_seed: int | None = None) -> None:
+        self.home, self.insecure_seed = home, insecure_seed
+        self.log = EventLog(home / "events.jsonl")
+        self.policy = Policy.load(home / "policy.toml")
+        self.keys = HospitalKeys.load(home / "keys")
+        agreed = json.loads((home / "study.json").read_text(encoding="utf-8"))
+        self.study = from_dict(agreed["study"])
+        self.sigma: float = agreed["noise_multiplier"]
+        self.site = self.study.site(self.policy.site)
+        self.index = self.study.index(self.site.name)
+        self.key_id = cipher.key_id(self.keys.he_secret)
+        self.networks = cdcgan.build(self.study.images, self.study.gan)
+        self.model, self.applied_round = self._load_model()
+        self.model_hash = checkpoint.content_hash(self.model)
+        self.plan = slot_plan(self.study, checkpoint.flatten(self.model).size)
+
+    def present(self) -> Envelope:
+        """Who is there: the answer to `Roll`."""
+        header = Present(
+            study=self.study.hash,
+            hospital=self.site.name,
+            key_id=self.key_id,
+            applied_round=self.applied_round,
+            model_hash=self.model_hash,
+        )
+        return Envelope.seal(header, self.keys.signing)
+
+    # ---- phase 1: local gradients, encrypted
+
+    def local_update(self, opened: RoundOpen) -> Envelope:
+        """Train the round (once), then quantise, prove, mask, encrypt and sign its update.
+
+        A further attempt of the same round seals the stored update for a smaller cohort, at no privacy cost.
+
+        Raises:
+            MessageError: MSG_ROUND, MSG_KEY, MSG_SENDER: not what this hospital's own state expects.
+            PrivacyError: BUDGET_EXHAUSTED, LEDGER_*: nothing was trained.
+            DataError, ModelError, CryptoError: see there.
+        """
+        self._check(opened)
+        if not self._update_file.exists():
+            self._train(opened.round)
+        arrays, notes = checkpoint.read(self._update_file)
+        if (notes["round"], notes["model_hash"], notes["study"]) != (opened.round, self.model_hash, self.study.hash):
+            raise ModelError("MODEL_MISMATCH", "the stored update belongs to another round", self._update_file.name)
+        self._remember_attempt(opened)
+        payload = self._seal(arrays["levels"].astype(np.int64), int(notes["saturated"]), opened)
+        ledger = read_ledger(self.home / "ledger.jsonl")
+        header = Update(
+            **opened.model_dump(),
+            hospital=self.site.name,
+            weight=self.site.weight,
+            model_hash=self.model_hash,
+            payload_bytes=len(payload),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            ledger_seq=ledger.seq,
+            ledger_head=ledger.head,
+            generator_loss=float(arrays["generator_loss"]),
+        )
+        return Envelope.seal(header, self.keys.signing, payload)
+
+    def _check(self, opened: RoundOpen) -> None:
+        cohort = set(opened.cohort)
+        if opened.key_id != self.key_id:
+            raise MessageError("MSG_KEY", "the round names another key", "RoundOpen")
+        if opened.round != self.applied_round + 1 or opened.round > self.study.training.rounds:
+            what = f"round {opened.round} was opened, this hospital has applied {self.applied_round}"
+            raise MessageError("MSG_ROUND", what, "RoundOpen")
+        if len(cohort) != len(opened.cohort) or not cohort <= {s.name for s in self.study.sites}:
+            raise MessageError("MSG_SENDER", "the cohort is not made of this study's sites", "RoundOpen")
+        if self.site.name not in cohort or len(cohort) < self.policy.min_cohort:
+            raise MessageError("MSG_SENDER", f"a cohort of {len(cohort)} without or too small for us", "RoundOpen")
+
+    def _train(self, round: int) -> None:
+        """Reserve, train, store the update, charge: in this order, so that a crash anywhere spends, never leaks."""
+        patients = self.load_patients()
+        random = self._random(round)
+        t, rate = self.study.training, self.study.sampling_rate(self.site)
+        planned = TrainingSteps(self.sigma, rate, t.local_steps)
+        with Ledger(self.home / "ledger.jsonl", self.site.name) as ledger:
+            with self._budget(ledger).reserve(round, planned) as reservation:
+                began = time.perf_counter()
+                sampler = PatientSampler(patients, rate, random)
+                losses, update_P = self._train_networks(sampler, random)
+                trained = time.perf_counter()
+                quantized = self.plan.quantize(update_P, self._rounding(round))
+                checkpoint.write(
+                    self._update_file,
+                    {"levels": quantized.levels.astype(np.uint16), "generator_loss": np.array(losses.generator)},
+                    round=round,
+                    study=self.study.hash,
+                    model_hash=self.model_hash,
+                    saturated=quantized.saturated,
+                )
+                reservation.charge(t.local_steps, noise_source=random.name)
+        self.log.write(
+            "trained",
+            round=round,
+            steps=t.local_steps,
+            seconds=trained - began,
+            quantize_seconds=time.perf_counter() - trained,
+            generator_loss=losses.generator,
+            discriminator_fake_loss=losses.discriminator_on_fakes,
+            epsilon=reservation.decision.after_epsilon,
+            ceiling=self.study.privacy.epsilon,
+            noise_multiplier=self.sigma,
+            sampling_rate=rate,
+        )
+
+    def _train_networks(self, sampler: PatientSampler, random: RandomSource) -> tuple[Losses, np.ndarray]:
+        """New weights minus old ones, as one float32 vector (P,)."""
+        trainer = LocalTrainer(
+            self.study, *self.networks, sampler, noise_multiplier=self.sigma, random=random, device=self._device()
+        )
+        states = self.home / "optimizers.safetensors"
+        adams = {"generator": trainer.adam_g, "discriminator": trainer.adam_d}
+        if states.exists():
+            checkpoint.load_optimizers(checkpoint.read(states)[0], **adams)
+        losses = trainer.train(self.study.training.local_steps)
+        trainer.close()
+        checkpoint.write(states, checkpoint.optimizer_arrays(**adams))
+        trained = checkpoint.flatten(checkpoint.network_arrays(*self.networks))
+        return losses, trained - checkpoint.flatten(self.model)
+
+    def _remember_attempt(self, opened: RoundOpen) -> None:
+        """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.
+
+        Raises:
+            MessageError: MSG_REPLAY.
+        """
+        path = self.home / "attempts.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("round") != opened.round:
+            known = {"round": opened.round, "cohorts": {}}
+        earlier = {int(a): set(c) for a, c in known["cohorts"].items() if int(a) <= opened.attempt}
+        same = earlier.pop(opened.attempt, set(opened.cohort))
+        if same != set(opened.cohort) or not all(set(opened.cohort) < cohort for cohort in earlier.values()):
+            raise MessageError("MSG_REPLAY", "this round was already sealed for another cohort", "RoundOpen")
+        known["cohorts"][str(opened.attempt)] = sorted(opened.cohort)
+        path.write_text(json.dumps(known))
+
+    def _seal(self, levels_P: np.ndarray, saturated: int, opened: RoundOpen) -> bytes:
+        """Levels -> packed slots -> presence and MAC -> pairwise masks -> ciphertexts -> frame."""
+        began = time.perf_counter()
+        binding = self._binding(opened)
+        slots = proof.seal(
+            self.plan.pack(levels_P, self.site.weight),
+            n_sites=len(self.study.sites),
+            site_index=self.index,
+            weight=self.site.weight,
+            mac_key=self._mac_key(opened.round),
+        )
+        cohort = tuple(sorted(self.study.index(name) for name in opened.cohort))
+        masked = masks.mask(
+            slots,
+            site_index=self.index,
+            cohort=cohort,
+            shared_secrets={
+                i: self.keys.shared_secret(self.study.sites[i].exchange_key) for i in cohort if i != self.index
+            },
+            context=f"{self.study.hash}|{self.key_id}|{opened.round}|{opened.attempt}|{cohort}".encode(),
+        )
+        sealed = time.perf_counter()
+        payload = cipher.frame(cipher.HospitalCipher(self.keys.he_secret).encrypt(masked), kind="update", **binding)
+        self.log.write(
+            "encrypted",
+            round=opened.round,
+            attempt=opened.attempt,
+            seconds={"seal": sealed - began, "encrypt": time.perf_counter() - sealed},
+            saturated=saturated,
+            values=int(levels_P.size),
+            bytes_up=len(payload),
+        )
+        return payload
+
+    # ---- phases 3 and 4: the sum comes back; decrypt and update
+
+    def apply_sum(self, certificate: Certificate, payload: bytes) -> Envelope:
+        """Check the certificate and the sum, add the mean update to the model, report the new model's hash.
+
+        Nothing is written before every check has passed; a sum that was already applied is answered again.
+
+        Raises:
+            MessageError: the certificate is not right (MSG_*).
+            CryptoError: HE_*, ROUND_REJECTED: the sum is not what the cohort sent; the model is left as it was.
+        """
+        if certificate.round != self.applied_round:
+            self._apply_new(certificate, payload)
+        header = Applied(
+            study=self.study.hash, hospital=self.site.name, round=self.applied_round, model_hash=self.model_hash
+        )
+        return Envelope.seal(header, self.keys.signing)
+
+    def _apply_new(self, certificate: Certificate, payload: bytes) -> None:
+        began = time.perf_counter()
+        weights = self._check_certificate(certificate)
+        n_slots = self.plan.n_slots + proof.extra_slots(len(self.study.sites))
+        blobs = cipher.unframe(
+            payload, kind="sum", n_blobs=cipher.blobs_for(n_slots), **self._binding(certificate)
+        )
+        total = cipher.HospitalCipher(self.keys.he_secret).decrypt(blobs, n_slots)
+        decrypted = time.perf_counter()
+        slots = proof.open_sum(
+            total, n_sites=len(self.study.sites), weights=weights, mac_key=self._mac_key(certificate.round)
+        )
+        cohort_weight = sum(weights.values())
+        mean_P = self.plan.mean(self.plan.unpack(slots, cohort_weight), cohort_weight)
+        checked = time.perf_counter()
+        self.model = checkpoint.unflatten(checkpoint.flatten(self.model) + mean_P, like=self.model)
+        self.applied_round = certificate.round
+        self.model_hash = checkpoint.content_hash(self.model)
+        checkpoint.write(self._model_file, self.model, round=self.applied_round, study=self.study.hash)
+        self._update_file.unlink(missing_ok=True)
+        checkpoint.load_networks(self.model, *self.networks)
+        applied = time.perf_counter()
+        self.draw_samples()
+        self.log.write(
+            "updated",
+            round=self.applied_round,
+            seconds={"decrypt": decrypted - began, "check": checked - decrypted, "apply": applied - checked},
+            model_hash=self.model_hash,
+        )
+
+    def _check_certificate(self, certificate: Certificate) -> dict[int, int]:
+        """Weights that are in the sum, by place in the roster."""
+        if certificate.key_id != self.key_id:
+            raise MessageError("MSG_KEY", "the certificate names another key", "Certificate")
+        if certificate.round != self.applied_round + 1:
+            raise MessageError("MSG_ROUND", "the sum is not of the next round", "Certificate")
+        if len(certificate.cohort) < self.policy.min_cohort:
+            raise MessageError("MSG_SENDER", "the sum holds too few hospitals", "Certificate")
+        updates = open_certificate(certificate, self.study)
+        if next(iter(updates.values())).model_hash != self.model_hash:
+            raise ModelError("MODEL_DIVERGED", "the cohort trained another model than ours", "Certificate")
+        return {self.study.index(name): update.weight for name, update in updates.items()}
+
+    # ---- what the phases share
+
+    def load_patients(self) -> PatientImages:
+        """This hospital's images, checked against what it declared.
+
+        Raises:
+            DataError: DATA_*, among them DATA_TOO_FEW.
+            StudyError: CONFIG_DELTA, delta is not below one over the real number of patients.
+        """
+        began = time.perf_counter()
+        patients = load_patients(
+            Path(self.policy.data),
+            self.study.images,
+            pseudonym_key=self.keys.pseudonym_key,
+            cache=self.home / "cache" / "images.safetensors",
+        )
+        if patients.n_patients < self.site.patients:
+            raise DataError("DATA_TOO_FEW", f"fewer patients than the {self.site.patients} declared", self.site.name)
+        if self.study.privacy.delta * patients.n_patients >= 1:
+            raise StudyError("CONFIG_DELTA", "delta is not below one over the number of patients", self.site.name)
+        self.log.write("data_loaded", **patients.report.summary(), seconds=time.perf_counter() - began)
+        return patients
+
+    def draw_samples(self) -> None:
+        """A picture of the same latent points after each round: one row a class."""
+        columns, classes = SAMPLE_COLUMNS, len(self.study.images.classes)
+        fixed = torch.Generator().manual_seed(self.study.gan.init_seed)
+        latent = torch.randn(columns, self.study.gan.latent, generator=fixed).repeat(classes, 1)
+        labels = torch.arange(classes).repeat_interleave(columns)
+        with torch.no_grad():
+            images = self.networks[0].cpu()(latent, labels).numpy()
+        path = self.home / "samples" / f"round-{self.applied_round:04d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pictures.grid(images, columns=columns))
+
+    @property
+    def _model_file(self) -> Path:
+        return self.home / "model.safetensors"
+
+    @property
+    def _update_file(self) -> Path:
+        return self.home / "update.safetensors"
+
+    def _load_model(self) -> tuple[checkpoint.Arrays, int]:
+        """The shared model and the round that it is of; before round 1 the study's initial weights."""
+        if not self._model_file.exists():
+            return checkpoint.network_arrays(*self.networks), 0
+        arrays, notes = checkpoint.read(self._model_file)
+        if notes["study"] != self.study.hash:
+            raise ModelError("MODEL_MISMATCH", "the model belongs to another study", self._model_file.name)
+        checkpoint.load_networks(arrays, *self.networks)
+        return arrays, int(notes["round"])
+
+    def _budget(self, ledger: Ledger) -> Budget:
+        p = self.study.privacy
+        return Budget(
+            ledger,
+            study=self.study.hash,
+            delta=p.delta,
+            study_ceiling=p.epsilon,
+            total_ceiling=self.policy.max_epsilon,
+            accountants=ENFORCED,
+        )
+
+    def _binding(self, message: RoundOpen) -> dict[str, str | int]:
+        return {
+            "study_hash": self.study.hash,
+            "round": message.round,
+            "attempt": message.attempt,
+            "key_id": self.key_id,
+        }
+
+    def _mac_key(self, round: int) -> bytes:
+        return proof.derive_mac_key(self.keys.mac_root, self.study.hash, self.key_id, round)
+
+    def _random(self, round: int) -> RandomSource:
+        if self.insecure_seed is None:
+            return SystemRandom()
+        return InsecureRandom(self.insecure_seed * 1_000_003 + self.index * 10_007 + round)
+
+    def _rounding(self, round: int) -> np.random.Generator:
+        """Stochastic rounding works on an update that is already private; numpy's generator is good enough."""
+        seed = None if self.insecure_seed is None else [self.insecure_seed, self.index, round]
+        return np.random.default_rng(seed)
+
+    def _device(self) -> torch.device:
+        wanted = self.policy.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise RunError("RUN_DEVICE", "no CUDA device is available", "policy.toml: device")
+        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

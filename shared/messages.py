@@ -1,0 +1,249 @@
+"""The messages of the four phases, and nothing else that ever crosses the wire.
+
+Each message is a header (canonical JSON), an Ed25519 signature over it, and at most one opaque payload. The models
+below are the allow-list: a field that is not named here cannot leave a hospital, and one that arrives is refused.
+
+    phase                      from -> to             message       payload
+    (who is there)             server -> hospital     Roll
+                               hospital -> server     Present
+    1 local gradients          server -> hospital     RoundOpen     -
+                               hospital -> server     Update        encrypted update
+    2 secure aggregation       (the server adds)
+    3 broadcast                server -> hospital     Certificate   encrypted sum
+    4 decrypt and update       hospital -> server     Applied       -
+    any                        hospital -> server     Refusal       -
+
+Size and SHA-256 of a payload are in its signed header, so both are checked before any parser sees a byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, Self, TypeVar
+
+import rfc8785
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedmedgan.shared.errors import MessageError
+from fedmedgan.shared.secure_sum import keys
+from fedmedgan.shared.study import SiteName, Study
+
+PART_BYTES = 4 << 20
+"""A payload travels as parts of 4 MiB: one large blob blocks Flower's database and dies on a slow link."""
+MAX_HEADER_BYTES = 1 << 20
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+Signature = Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+
+
+class Header(BaseModel):
+    """What every message says: its version and the study that it belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    v: Literal[1] = 1
+    study: Hash
+
+    def canonical(self) -> bytes:
+        return rfc8785.dumps(self.model_dump(mode="json"))
+
+
+class Roll(Header):
+    """Server: who is there?"""
+
+
+class Present(Header):
+    """Hospital: I am, with this key, and I hold the model of this round."""
+
+    hospital: SiteName
+    key_id: KeyId
+    applied_round: Count
+    model_hash: Hash
+
+
+class RoundOpen(Header):
+    """Server: train this round, or for attempt > 1 seal the stored update again for a smaller cohort."""
+
+    round: Annotated[int, Field(ge=1, le=10_000)]
+    attempt: Annotated[int, Field(ge=1, le=100)]
+    cohort: tuple[SiteName, ...]
+    key_id: KeyId
+
+
+class Update(RoundOpen):
+    """Hospital: my encrypted update. The loss is one over generated images alone."""
+
+    hospital: SiteName
+    weight: Annotated[int, Field(ge=1, le=1000)]
+    model_hash: Hash
+    """Model that the update starts from."""
+    payload_bytes: Count
+    payload_sha256: Hash
+    ledger_seq: Count
+    ledger_head: Hash
+    generator_loss: float
+
+
+class Signed(BaseModel):
+    """A header as it was signed, to be shown to others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    header: str
+    signature: Signature
+
+
+class Certificate(RoundOpen):
+    """Server: who is in the sum, in their own signed words, and what the sum is."""
+
+    updates: tuple[Signed, ...]
+    payload_bytes: Count
+    payload_sha256: Hash
+
+
+class Applied(Header):
+    """Hospital: I hold this model now."""
+
+    hospital: SiteName
+    round: Annotated[int, Field(ge=1, le=10_000)]
+    model_hash: Hash
+
+
+class Refusal(Header):
+    """Hospital: no, for a reason that names a code and nothing else."""
+
+    hospital: SiteName
+    code: Annotated[str, Field(pattern=r"^[A-Z_]{3,40}$")]
+
+
+H = TypeVar("H", bound=Header)
+
+
+class Envelope(BaseModel):
+    """A header with its signature and payload, as received; `open` checks it."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    kind: str
+    header: bytes
+    signature: str
+    payload: bytes
+
+    @classmethod
+    def seal(cls, header: Header, private: Ed25519PrivateKey | None = None, payload: bytes = b"") -> Self:
+        """Canonical header, signed by a hospital; the server's messages carry no signature yet."""
+        raw = header.canonical()
+        kind = type(header).__name__
+        signature = keys.sign(private, raw, kind).hex() if private else ""
+        return cls(kind=kind, header=raw, signature=signature, payload=payload)
+
+    def to_record(self) -> RecordDict:
+        """As Flower carries it."""
+        config = ConfigRecord({"kind": self.kind, "header": self.header, "signature": self.signature})
+        record = RecordDict({"envelope": config})
+        if self.payload:
+            parts = [self.payload[i : i + PART_BYTES] for i in range(0, len(self.payload), PART_BYTES)]
+            record["payload"] = ArrayRecord(
+                {f"{i:06d}": Array("bytes", (len(p),), "fedmedgan.v1", p) for i, p in enumerate(parts)}
+            )
+        return record
+
+    @classmethod
+    def from_record(cls, record: RecordDict, max_payload: int) -> Self:
+        """As it arrived. Sizes are checked before anything is joined.
+
+        Raises:
+            MessageError: MSG_FORMAT or MSG_TOO_LARGE.
+        """
+        config = record.config_records.get("envelope")
+        if config is None or set(config) != {"kind", "header", "signature"}:
+            raise MessageError("MSG_FORMAT", "not a message of this program", "envelope")
+        kind, header, signature = config["kind"], config["header"], config["signature"]
+        if not (isinstance(kind, str) and isinstance(header, bytes) and isinstance(signature, str)):
+            raise MessageError("MSG_FORMAT", "a part of the envelope has the wrong type", "envelope")
+        arrays = record.array_records.get("payload", {})
+        parts = [arrays[name].data for name in sorted(arrays)]
+        if len(header) > MAX_HEADER_BYTES or sum(map(len, parts)) > max_payload:
+            raise MessageError("MSG_TOO_LARGE", "header or payload is larger than the study allows", "envelope")
+        return cls(kind=kind, header=header, signature=signature, payload=b"".join(parts))
+
+    def open(self, model: type[H], study: Study, *, signed: bool = True) -> H:
+        """The header, after all checks that need no state: form, study, signature, payload.
+
+        Args:
+            signed: the header names a hospital, whose signature must be right.
+
+        Raises:
+            MessageError: MSG_FORMAT, MSG_STUDY, MSG_SENDER, MSG_SIGNATURE or MSG_TOO_LARGE.
+        """
+        if self.kind != model.__name__:
+            raise MessageError("MSG_FORMAT", f"a message {model.__name__} was expected", "envelope")
+        header = parse(self.header, model)
+        if header.study != study.hash:
+            raise MessageError("MSG_STUDY", f"study {header.study[:12]} instead of {study.hash[:12]}", self.kind)
+        if signed:
+            check_signature(header, self.header, self.signature, study)
+        size, digest = getattr(header, "payload_bytes", 0), getattr(header, "payload_sha256", None)
+        if len(self.payload) != size:
+            raise MessageError("MSG_FORMAT", "the payload's length is not the one announced", self.kind)
+        if digest is not None and hashlib.sha256(self.payload).hexdigest() != digest:
+            raise MessageError("MSG_FORMAT", "the payload's hash is not the one announced", self.kind)
+        return header
+
+
+def parse(raw: bytes, model: type[H]) -> H:
+    """A header from canonical JSON bytes.
+
+    Raises:
+        MessageError: MSG_FORMAT, a field is missing, unknown or out of range, or the bytes are not canonical.
+    """
+    try:
+        header = model.model_validate_json(raw)
+        canonical = header.canonical() == raw
+    except (ValidationError, ValueError, RecursionError):
+        raise MessageError("MSG_FORMAT", f"not a valid {model.__name__}", model.__name__) from None
+    if not canonical:
+        raise MessageError("MSG_FORMAT", f"{model.__name__} is not in canonical form", model.__name__)
+    return header
+
+
+def check_signature(header: Header, raw: bytes, signature: str, study: Study) -> None:
+    """Is this signed by the hospital that it names? Raises MessageError MSG_SENDER or MSG_SIGNATURE."""
+    name = getattr(header, "hospital", "")
+    if name not in {site.name for site in study.sites}:
+        raise MessageError("MSG_SENDER", "the sender is not in the roster", type(header).__name__)
+    try:
+        binary = bytes.fromhex(signature)
+    except ValueError:
+        binary = b""
+    keys.verify(study.site(name).signing_key, binary, raw, type(header).__name__)
+
+
+def open_certificate(certificate: Certificate, study: Study) -> dict[str, Update]:
+    """The signed updates that a certificate lists, by hospital.
+
+    Raises:
+        MessageError: MSG_SIGNATURE, MSG_STUDY, MSG_SENDER or MSG_ROUND, wherever one of them is not what it should be:
+            each member of the cohort exactly once, all of one round, attempt, cohort, key and starting model.
+    """
+    updates: dict[str, Update] = {}
+    for signed in certificate.updates:
+        raw = signed.header.encode()
+        update = parse(raw, Update)
+        if update.study != study.hash:
+            raise MessageError("MSG_STUDY", "the certificate holds an update of another study", "Certificate")
+        check_signature(update, raw, signed.signature, study)
+        if update.hospital in updates or update.weight != study.site(update.hospital).weight:
+            raise MessageError("MSG_SENDER", "an update counts twice or has another weight", "Certificate")
+        if any(getattr(update, f) != getattr(certificate, f) for f in ("round", "attempt", "cohort", "key_id")):
+            raise MessageError("MSG_ROUND", "the certificate mixes rounds, attempts or cohorts", "Certificate")
+        updates[update.hospital] = update
+    if tuple(sorted(updates)) != tuple(sorted(certificate.cohort)):
+        raise MessageError("MSG_ROUND", "the certificate does not list its cohort", "Certificate")
+    if len({u.model_hash for u in updates.values()}) != 1:
+        raise MessageError("MSG_ROUND", "updates of the certificate start from different models", "Certificate")
+    return updates
