@@ -1,13 +1,15 @@
 """Floats to packed integer slots and back, so that a sum of integers is a mean of floats.
 
-An update is a vector of float32. Each value becomes one of L levels by stochastic rounding, which is unbiased; k levels
-are packed into one slot in mixed radix R, wide enough for the weighted sum of every site, so digits never carry:
+An update is a vector of float32. Each value becomes one of L levels by stochastic rounding, which is
+unbiased; k levels are packed into one slot in mixed radix R, wide enough for the weighted sum of every site,
+so digits never carry:
 
     slot = w * (q_0 + q_1 R + ... + q_{k-1} R^{k-1}),   R = (sum of all weights) * (L - 1) + 1,   R^k <= t
 
-Sums of slots below the plaintext modulus t are then exact, whoever takes part. Packing several quantised values into
-one plaintext follows BatchCrypt (Zhang et al., USENIX ATC 2020) and FedBit (arXiv 2509.23091); mixed radix, not bit
-fields, because L - 1 times the weights is rarely just below a power of two. Plain numpy; nothing here is secret.
+Sums of slots below the plaintext modulus t are then exact, whoever takes part. Packing several quantised
+values into one plaintext follows BatchCrypt (Zhang et al., USENIX ATC 2020) and FedBit (arXiv 2509.23091);
+mixed radix, not bit fields, because L - 1 times the weights is rarely just below a power of two. Plain numpy;
+nothing here is secret.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ PLAIN_MODULUS = 70_368_743_669_761
 """t: the largest 46-bit prime that is 1 modulo 8192, so that BFV with N = 4096 has one slot a coefficient."""
 
 REJECTED = "the decrypted sum failed its check"
-"""The one text of every ROUND_REJECTED: the server may see that a sum was refused, never which check or slot did it."""
+"""The one text of a refused sum: the server may learn that it was refused, never by which check or slot."""
 
 Slots = NDArray[np.int64]
 
@@ -37,7 +39,7 @@ class Quantized:
     levels: NDArray[np.int64]
     """(P,), each in [0, L - 1]."""
     saturated: int
-    """How many values lay outside [-value_range, value_range] and were limited. It depends on patients: it stays here."""
+    """How many values lay outside the range and were limited. It depends on patients: it stays here."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class SlotPlan:
     """How P values of one update become slots. Public, and the same at every site.
 
     Raises:
-        StudyError: CONFIG_RANGE for a field outside its range; STUDY_OVERFLOW if one value's sum does not fit a slot.
+        StudyError: CONFIG_RANGE for a field outside its range; STUDY_OVERFLOW if one value's sum does not fit
+        a slot.
     """
 
     n_values: int
@@ -62,7 +65,7 @@ class SlotPlan:
             if not low <= getattr(self, name) <= high:
                 raise StudyError("CONFIG_RANGE", f"{name} is not between {low} and {high}", "secure_sum")
         if not (math.isfinite(self.value_range) and self.value_range > 0):
-            raise StudyError("CONFIG_RANGE", "update_range is not a positive number", "secure_sum.update_range")
+            raise StudyError("CONFIG_RANGE", "the range is not a positive number", "secure_sum.update_range")
         if self.per_slot < 1:
             raise StudyError(
                 "STUDY_OVERFLOW",
@@ -72,7 +75,7 @@ class SlotPlan:
 
     @property
     def levels(self) -> int:
-        """L = 2^bits - 1: an odd number, so that zero is a level and an unchanged weight stays unchanged exactly."""
+        """L = 2^bits - 1: odd, so that zero is a level and a weight that did not change stays the same."""
         return int(2**self.bits - 1)
 
     @property
@@ -109,7 +112,7 @@ class SlotPlan:
         |---|---|
         | NaN or infinity anywhere | HE_NOT_FINITE; nothing is rounded |
         | outside the range | limited to it and counted in `saturated` |
-        | exactly a level, zero for one | that level, with certainty |
+        | zero | the middle level, with certainty: `mean` gives back exactly zero |
         | another shape or dtype | HE_SHAPE |
 
         Raises:
@@ -120,7 +123,7 @@ class SlotPlan:
         if not np.isfinite(update).all():
             raise CryptoError("HE_NOT_FINITE", "the update is not finite")
         middle = (self.levels - 1) // 2
-        # float64: in float32 a 16-bit level has 8 bits left for its fraction, and the rounding would be biased.
+        # float64: in float32 a 16-bit level has 8 bits left for its fraction, and rounding would be biased.
         scaled = update.astype(np.float64)
         saturated = int(np.count_nonzero(np.abs(scaled) > self.value_range))
         scaled *= middle / self.value_range
@@ -132,7 +135,9 @@ class SlotPlan:
         return Quantized(levels, saturated)
 
     def pack(self, levels: NDArray[np.int64], weight: int) -> Slots:
-        """Weighted levels (P,) to slots int64 (n_slots,), each in [0, t). Value j * n_slots + i is digit j of slot i.
+        """Weighted levels (P,) to slots int64 (n_slots,), each in [0, t).
+
+        Value j * n_slots + i is digit j of slot i.
 
         Raises:
             CryptoError: HE_SHAPE, HE_RANGE: a level or the weight is outside the plan.
@@ -143,9 +148,9 @@ class SlotPlan:
             raise CryptoError("HE_RANGE", "a level or the weight is outside the plan")
         digits = np.zeros(self.per_slot * self.n_slots, dtype=np.int64)
         np.multiply(levels, weight, out=digits[: self.n_values])
-        digits = digits.reshape(self.per_slot, self.n_slots)
-        slots = digits[-1].copy()
-        for digit in digits[-2::-1]:
+        rows = digits.reshape(self.per_slot, self.n_slots)
+        slots = rows[-1].copy()
+        for digit in rows[-2::-1]:
             slots *= self.radix
             slots += digit
         return slots
@@ -183,15 +188,15 @@ class SlotPlan:
     def mean(self, sums: NDArray[np.int64], cohort_weight: int) -> NDArray[np.float32]:
         """Weighted sums of levels (P,) to the weighted mean of the updates, float32 (P,).
 
-        The divisor is the weight that is really in the sum, so a site that dropped out does not shrink the mean.
-        Exact integers, then float64, then one rounding to float32: every site computes the same bits.
+        The divisor is the weight that is really in the sum, so a site that dropped out does not shrink the
+        mean. Exact integers, then float64, then one rounding to float32: every site computes the same bits.
         """
         centred = sums - cohort_weight * ((self.levels - 1) // 2)
         return (centred.astype(np.float64) * (self.step / cohort_weight)).astype(np.float32)
 
 
 def plan_for(study: Study, n_values: int) -> SlotPlan:
-    """The plan of a study whose update has `n_values` values. `study check` calls it to refuse an overflow early.
+    """The plan of a study whose update has `n_values` values; refuses an overflow before anything runs.
 
     Raises:
         StudyError: STUDY_OVERFLOW, CONFIG_RANGE.

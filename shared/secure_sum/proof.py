@@ -1,0 +1,129 @@
+"""Was this really the sum of us? A linear MAC and presence slots, inside the plaintext.
+
+BFV ciphertexts are malleable: the server, or anybody on the way, could add to a sum, leave a hospital out,
+count one twice, or send last round's sum. So a hospital appends to its data slots
+
+    presence   one slot a site: its own integer weight in its own slot, 0 elsewhere
+    tags       four slots: tag_r = sum_i alpha_{r,i} * body_i mod t, body = data and presence, r = 1..4
+
+where the coefficients alpha come from a key that only hospitals know, fresh for every round and attempt.
+Everything is linear, so the sum of honest vectors carries its own valid tags, and its presence slots say who
+is in it, how often and with which weight: the hospitals compare that with what they signed.
+
+Why forging fails: t is prime and alpha_{r,i} is uniform in [0, 2^16), so for any change of the body that is
+not zero, whatever it is, a given shift of one tag is right with probability at most 2^-16, and of all four at
+most 2^-64. One refusal teaches a forger at most that one guess was wrong. (Four 16-bit tags, not two of 32
+bits: products with a limb of a slot then stay below 2^39, and 2^24 of them sum in 64 bits.) A linear
+homomorphic MAC in the sense of Catalano and Fiore (Eurocrypt 2013), degree one, with a one-time key. The
+construction has had no outside review, and it does not bind a hospital: one that gives its key to the server
+can forge (docs/decisions/0003-mac-presence-masks.md).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from fedmedgan.shared.errors import CryptoError
+from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, REJECTED, Slots
+
+N_TAGS = 4
+_LIMB_BITS = 23
+"""A slot of 46 bits as two limbs, so that sums of products with 16-bit coefficients are exact in int64."""
+_MAX_SLOTS = 1 << 24
+
+
+def round_context(study_hash: str, key_id: str, round: int, attempt: int) -> bytes:
+    """What the keys of one round are bound to, in a form of fixed length: no two rounds have the same."""
+    return bytes.fromhex(study_hash) + bytes.fromhex(key_id) + struct.pack("<QQ", round, attempt)
+
+
+def derive_mac_key(root: bytes, *, study_hash: str, key_id: str, round: int, attempt: int) -> bytes:
+    """The 32-byte MAC key of one round and attempt: HKDF-SHA256 (RFC 5869) of the hospitals' root key.
+
+    Used for one vector a hospital and one check; a replayed sum or an old ciphertext fails under the next
+    key.
+    """
+    info = b"fedmedgan/mac-key/v1\0" + round_context(study_hash, key_id, round, attempt)
+    return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(root)
+
+
+def sealed_size(n_slots: int, n_sites: int) -> int:
+    """Slots of a vector with its proof."""
+    return n_slots + n_sites + N_TAGS
+
+
+def seal(slots: Slots, *, n_sites: int, site_index: int, weight: int, mac_key: bytes) -> Slots:
+    """Append presence and tags to data slots: int64 (n_slots,) to int64 (n_slots + n_sites + 4,).
+
+    Args:
+        slots: each in [0, t).
+        n_sites: sites of the study, present or not.
+        site_index: this site's place in the study's roster.
+        weight: this site's integer weight, the one that `slots` were multiplied by.
+
+    Raises:
+        CryptoError: HE_RANGE, a slot is outside [0, t), or the index or the weight is outside its range.
+    """
+    if not (0 <= site_index < n_sites and 1 <= weight < PLAIN_MODULUS):
+        raise CryptoError("HE_RANGE", "the site's place or weight is outside its range")
+    if slots.min() < 0 or slots.max() >= PLAIN_MODULUS:
+        raise CryptoError("HE_RANGE", "a slot is not in [0, t)")
+    presence = np.zeros(n_sites, dtype=np.int64)
+    presence[site_index] = weight
+    body = np.concatenate((slots, presence))
+    return np.concatenate((body, _tags(body, mac_key)))
+
+
+def open_sum(total: Slots, *, weights: Sequence[int], mac_key: bytes) -> Slots:
+    """Check a decrypted sum and return its data slots.
+
+    Args:
+        total: int64 (n_slots + n_sites + 4,), each in [0, t).
+        weights: one entry a site of the study: its weight if it is in the cohort that was signed, else 0.
+
+    | case | what happens |
+    |---|---|
+    | the sum of exactly the cohort, each once, this round | data slots |
+    | a site left out, counted twice, of another weight, or not in the cohort | ROUND_REJECTED (presence) |
+    | anything added, scaled, moved, cut, flipped; another round, attempt or key | ROUND_REJECTED (tags) |
+    | all zero, which has valid tags | ROUND_REJECTED (presence) |
+    | an empty cohort, or a vector without room for data | ROUND_REJECTED |
+    | a hospital that sends false data with a valid proof | accepted: only `SlotPlan.unpack` bounds it |
+
+    Raises:
+        CryptoError: ROUND_REJECTED, always with the same text, after every check was made: a caller that
+        forwards it
+            tells the server one bit.
+    """
+    n_slots = total.size - len(weights) - N_TAGS
+    if n_slots < 1 or not any(weights) or total.min() < 0 or total.max() >= PLAIN_MODULUS:
+        raise CryptoError("ROUND_REJECTED", REJECTED)
+    body, tags = total[:-N_TAGS], total[-N_TAGS:]
+    proven = np.array_equal(_tags(body, mac_key), tags)
+    present = np.array_equal(body[n_slots:], np.asarray(weights, dtype=np.int64))
+    if not (proven and present):
+        raise CryptoError("ROUND_REJECTED", REJECTED)
+    return body[:n_slots]
+
+
+def _tags(body: Slots, mac_key: bytes) -> Slots:
+    """The four tags of a body, int64 (4,)."""
+    if body.size > _MAX_SLOTS:
+        raise CryptoError("HE_SHAPE", "a vector of more than 2^24 slots")
+    low, high = body & ((1 << _LIMB_BITS) - 1), body >> _LIMB_BITS
+    tags = [int(a @ low) + (int(a @ high) << _LIMB_BITS) for a in _coefficients(mac_key, body.size)]
+    return np.array([tag % PLAIN_MODULUS for tag in tags], dtype=np.int64)
+
+
+def _coefficients(mac_key: bytes, n: int) -> NDArray[np.int64]:
+    """alpha, int64 (4, n), uniform in [0, 2^16): the AES-256-CTR stream (NIST SP 800-38A) of a key."""
+    stream = Cipher(algorithms.AES256(mac_key), modes.CTR(bytes(16))).encryptor()
+    drawn = stream.update(bytes(2 * N_TAGS * n))
+    return np.frombuffer(drawn, dtype="<u2").reshape(N_TAGS, n).astype(np.int64)
