@@ -89,6 +89,26 @@ class HospitalKeys:
             raise CryptoError("KEY_FORMAT", "the MAC root is not of 32 bytes")
         return replace(self, he_secret=he_secret, mac_root=mac_root)
 
+    def shared_secret(self, peer_public: str) -> bytes:
+        """32 bytes that only these two hospitals can compute: X25519 (RFC 7748), then HKDF-SHA256.
+
+        Args:
+            peer_public: the other hospital's `exchange_public`, from the study.
+
+        Raises:
+            CryptoError: KEY_FORMAT, not a public key, a point of small order, or this hospital's own key.
+        """
+        own = self.exchange.public_key().public_bytes_raw()
+        try:
+            peer = bytes.fromhex(peer_public)
+            shared = self.exchange.exchange(X25519PublicKey.from_public_bytes(peer))
+        except ValueError:
+            raise CryptoError("KEY_FORMAT", "a site's exchange key is not an X25519 public key") from None
+        if peer == own:
+            raise CryptoError("KEY_FORMAT", "two sites have the same exchange key")
+        info = b"fedmedgan/pair-secret/v1\0" + b"".join(sorted((own, peer)))
+        return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared)
+
     def save(self, folder: Path) -> None:
         """Write every key that is there, each a file of mode 0600 in a folder of mode 0700.
 
@@ -153,27 +173,6 @@ def generate_identity() -> HospitalKeys:
 def new_epoch() -> tuple[bytes, bytes]:
     """(he_secret, mac_root) of a new epoch, made by one hospital for all of them."""
     return new_secret(), secrets.token_bytes(32)
-
-
-def pair_secret(exchange: X25519PrivateKey, peer_public: str) -> bytes:
-    """32 bytes that only these two hospitals can compute: X25519 (RFC 7748), then HKDF-SHA256.
-
-    Args:
-        peer_public: the other hospital's `exchange_public`, from the study.
-
-    Raises:
-        CryptoError: KEY_FORMAT, not a public key, a point of small order, or this hospital's own key.
-    """
-    own = exchange.public_key().public_bytes_raw()
-    try:
-        peer = bytes.fromhex(peer_public)
-        shared = exchange.exchange(X25519PublicKey.from_public_bytes(peer))
-    except ValueError:
-        raise CryptoError("KEY_FORMAT", "a site's exchange key is not an X25519 public key") from None
-    if peer == own:
-        raise CryptoError("KEY_FORMAT", "two sites have the same exchange key")
-    info = b"fedmedgan/pair-secret/v1\0" + b"".join(sorted((own, peer)))
-    return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared)
 
 
 def sign(private: Ed25519PrivateKey, message: bytes, purpose: str) -> bytes:

@@ -38,8 +38,8 @@ def mask(
         slots: int64 (S,), each in [0, t), proof included.
         site_index: this site's place in the roster.
         cohort: places of all sites of this attempt, increasing, this one included.
-        shared_secrets: place of a peer -> 32 bytes that only the two know (`keys.pair_secret`).
-        context: `proof.round_context`, so that no mask is ever used twice.
+        shared_secrets: place of a peer -> 32 bytes that only the two know (`HospitalKeys.shared_secret`).
+        context: names study, key, round and attempt, so that no mask is ever used twice.
 
     | case | what happens |
     |---|---|

@@ -21,8 +21,7 @@ can forge (docs/decisions/0003-mac-presence-masks.md).
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -31,7 +30,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fedmedgan.shared.errors import CryptoError
-from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, REJECTED, Slots
+from fedmedgan.shared.secure_sum.cipher import blobs_for
+from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, REJECTED, Slots, plan_for
+from fedmedgan.shared.study import Study
 
 N_TAGS = 4
 _LIMB_BITS = 23
@@ -39,24 +40,27 @@ _LIMB_BITS = 23
 _MAX_SLOTS = 1 << 24
 
 
-def round_context(study_hash: str, key_id: str, round: int, attempt: int) -> bytes:
-    """What the keys of one round are bound to, in a form of fixed length: no two rounds have the same."""
-    return bytes.fromhex(study_hash) + bytes.fromhex(key_id) + struct.pack("<QQ", round, attempt)
-
-
-def derive_mac_key(root: bytes, *, study_hash: str, key_id: str, round: int, attempt: int) -> bytes:
+def derive_mac_key(root: bytes, study_hash: str, key_id: str, round: int, attempt: int) -> bytes:
     """The 32-byte MAC key of one round and attempt: HKDF-SHA256 (RFC 5869) of the hospitals' root key.
 
-    Used for one vector a hospital and one check; a replayed sum or an old ciphertext fails under the next
-    key.
+    Used for one vector of each hospital and one check. What was made under another key fails.
     """
-    info = b"fedmedgan/mac-key/v1\0" + round_context(study_hash, key_id, round, attempt)
+    info = f"fedmedgan/mac-key/v1|{study_hash}|{key_id}|{round}|{attempt}".encode()
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(root)
 
 
-def sealed_size(n_slots: int, n_sites: int) -> int:
-    """Slots of a vector with its proof."""
-    return n_slots + n_sites + N_TAGS
+def extra_slots(n_sites: int) -> int:
+    """Slots that the proof adds to the data."""
+    return n_sites + N_TAGS
+
+
+def update_blobs(study: Study, n_values: int) -> int:
+    """Ciphertexts of one update of a study, proof included: the one number that the server expects.
+
+    Raises:
+        StudyError: STUDY_OVERFLOW, CONFIG_RANGE.
+    """
+    return blobs_for(plan_for(study, n_values).n_slots + extra_slots(len(study.sites)))
 
 
 def seal(slots: Slots, *, n_sites: int, site_index: int, weight: int, mac_key: bytes) -> Slots:
@@ -81,12 +85,13 @@ def seal(slots: Slots, *, n_sites: int, site_index: int, weight: int, mac_key: b
     return np.concatenate((body, _tags(body, mac_key)))
 
 
-def open_sum(total: Slots, *, weights: Sequence[int], mac_key: bytes) -> Slots:
+def open_sum(total: Slots, *, n_sites: int, weights: Mapping[int, int], mac_key: bytes) -> Slots:
     """Check a decrypted sum and return its data slots.
 
     Args:
         total: int64 (n_slots + n_sites + 4,), each in [0, t).
-        weights: one entry a site of the study: its weight if it is in the cohort that was signed, else 0.
+        n_sites: sites of the study, present or not.
+        weights: place in the roster -> weight, of every site of the cohort that was signed.
 
     | case | what happens |
     |---|---|
@@ -102,12 +107,14 @@ def open_sum(total: Slots, *, weights: Sequence[int], mac_key: bytes) -> Slots:
         forwards it
             tells the server one bit.
     """
-    n_slots = total.size - len(weights) - N_TAGS
-    if n_slots < 1 or not any(weights) or total.min() < 0 or total.max() >= PLAIN_MODULUS:
+    n_slots = total.size - extra_slots(n_sites)
+    cohort = bool(weights) and all(0 <= i < n_sites and w >= 1 for i, w in weights.items())
+    if n_slots < 1 or not cohort or total.min() < 0 or total.max() >= PLAIN_MODULUS:
         raise CryptoError("ROUND_REJECTED", REJECTED)
+    expected = [weights.get(place, 0) for place in range(n_sites)]
     body, tags = total[:-N_TAGS], total[-N_TAGS:]
     proven = np.array_equal(_tags(body, mac_key), tags)
-    present = np.array_equal(body[n_slots:], np.asarray(weights, dtype=np.int64))
+    present = body[n_slots:].tolist() == expected
     if not (proven and present):
         raise CryptoError("ROUND_REJECTED", REJECTED)
     return body[:n_slots]
