@@ -104,6 +104,7 @@ HINTS: dict[str, str] = {
     "RUN_DEVICE": "choose device = \"cpu\", or install the driver",
     "RUN_EXTRA": "install the extra that is named",
     "RUN_FLOWER": "see the log in the run folder",
+    "RUN_RECORD": "the run folder was edited or damaged, or is not of this version; simulate again",
     "RUN_CRASHED": "an unforeseen error; the hospital's own events.jsonl holds it",
 }
 """code -> what to do about it. A code is never used for a second meaning."""

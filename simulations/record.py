@@ -1,0 +1,574 @@
+"""What a run folder says, read back: the one source of the report and of the progress display.
+
+    study.json                       the study and its hash
+    events.jsonl                     the coordinator's events
+    hospitals/<site>/events.jsonl    a hospital's own events; they leave a hospital in a simulation only
+    hospitals/<site>/samples/        the same latent points after each round, round-0000.png before training
+    hospitals/<site>/real.png        some of the hospital's own images; in a simulation only
+    hospitals/<site>/dicom/          there only if the hospital's images are phantoms
+    arms.json, arms/<name>.png       the comparison arms, once they have run
+    INSECURE-SEED                    there only if the noise was seeded
+
+An unfinished run is read as far as it got: missing files and rounds, or a half-written last line.
+Anything that is there must have exactly the agreed form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from fedmedgan.shared.errors import FedMedGanError, RunError
+from fedmedgan.shared.study import SiteName, Study, from_dict
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+RoundNumber = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ModelHash = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+"""Empty where no round was applied."""
+
+
+# ---- the coordinator's events
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class RunOpened:
+    """The hospitals have answered the roll call."""
+
+    event: Literal["run_opened"]
+    time: float
+    study_hash: Digest
+    sites: tuple[SiteName, ...]
+    parameters: Count
+    float32_bytes: Count
+    """One update as plaintext float32, for comparison."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class RoundOpened:
+    event: Literal["round_opened"]
+    time: float
+    round: RoundNumber
+    attempt: RoundNumber
+    cohort: tuple[SiteName, ...]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class UpdateAccepted:
+    event: Literal["update_accepted"]
+    time: float
+    round: RoundNumber
+    attempt: RoundNumber
+    site: SiteName
+    bytes_up: Count
+    generator_loss: float
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class SiteMissing:
+    event: Literal["site_missing"]
+    time: float
+    round: RoundNumber
+    attempt: RoundNumber
+    site: SiteName
+    reason: str
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class AggregationSeconds:
+    local: Seconds
+    """Wall time from opening the attempt to its last update."""
+    aggregation: Seconds
+    """Spent on verifying and adding; most of it while other hospitals still train, so inside `local`."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class RoundAggregated:
+    event: Literal["round_aggregated"]
+    time: float
+    round: RoundNumber
+    attempt: RoundNumber
+    cohort: tuple[SiteName, ...]
+    bytes_down: Count
+    """One copy of the encrypted sum; every hospital is sent one."""
+    seconds: AggregationSeconds
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class BroadcastSeconds:
+    broadcast: Seconds
+    """Wall time from sending the sum to the last answer, so the hospitals' phase 4 is inside."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class RoundApplied:
+    event: Literal["round_applied"]
+    time: float
+    round: RoundNumber
+    sites: tuple[SiteName, ...]
+    model_hash: ModelHash
+    generator_loss: float
+    """Mean over the cohort."""
+    seconds: BroadcastSeconds
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class NodeRefused:
+    """Somebody called who could not show to be a hospital of the roster."""
+
+    event: Literal["node_refused"]
+    time: float
+    reason: str
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class RunClosed:
+    event: Literal["run_closed"]
+    time: float
+    rounds: Count
+    reason: Literal["rounds", "converged", "budget", "quorum"]
+    model_hash: ModelHash
+
+
+# ---- a hospital's events
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class DataLoaded:
+    event: Literal["data_loaded"]
+    time: float
+    images: Count
+    patients: Count
+    refused: dict[str, Count]
+    """Why files were left out: code -> number."""
+    seconds: Seconds
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Trained:
+    event: Literal["trained"]
+    time: float
+    round: RoundNumber
+    steps: Count
+    seconds: Seconds
+    generator_loss: float
+    discriminator_fake_loss: float
+    epsilon: Annotated[float, Field(ge=0)]
+    """Spent in this study after this round."""
+    ceiling: Annotated[float, Field(gt=0)]
+    noise_multiplier: Annotated[float, Field(ge=0)]
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    quantize_seconds: Seconds = 0.0
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class EncryptSeconds:
+    seal: Seconds
+    encrypt: Seconds
+    quantize: Seconds = 0.0
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Encrypted:
+    event: Literal["encrypted"]
+    time: float
+    round: RoundNumber
+    attempt: RoundNumber
+    seconds: EncryptSeconds
+    saturated: Count
+    """Values that were limited to the study's update range."""
+    values: Annotated[int, Field(ge=1)]
+    bytes_up: Count
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class UpdateSeconds:
+    decrypt: Seconds
+    check: Seconds
+    apply: Seconds
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Updated:
+    event: Literal["updated"]
+    time: float
+    round: RoundNumber
+    seconds: UpdateSeconds
+    model_hash: Digest
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Trouble:
+    """A request that the hospital refused or failed. The text is the hospital's own: it is never shown."""
+
+    event: Literal["refused", "failed"]
+    time: float
+    error: str
+
+
+CoordinatorEvent = (
+    RunOpened
+    | RoundOpened
+    | UpdateAccepted
+    | SiteMissing
+    | RoundAggregated
+    | RoundApplied
+    | NodeRefused
+    | RunClosed
+)
+HospitalEvent = DataLoaded | Trained | Encrypted | Updated | Trouble
+
+E = TypeVar("E")
+_BY_NAME = Field(discriminator="event")
+_COORDINATOR: TypeAdapter[CoordinatorEvent] = TypeAdapter(Annotated[CoordinatorEvent, _BY_NAME])
+_HOSPITAL: TypeAdapter[HospitalEvent] = TypeAdapter(Annotated[HospitalEvent, _BY_NAME])
+
+
+# ---- the comparison arms
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Score:
+    mean: float
+    std: Annotated[float, Field(ge=0)]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Utility:
+    """Train on synthetic, test on real: of a classifier that learned from generated images alone."""
+
+    accuracy: Score
+    auc: Score
+    chance: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Accuracy of always answering the commonest class."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Arm:
+    name: Annotated[str, Field(pattern=r"^(federated|no-privacy|alone-[a-z0-9][a-z0-9-]{0,30})$")]
+    label: str
+    private: bool
+    epsilon: Annotated[float, Field(ge=0)] | None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None
+    tstr: Utility | None
+    picture: Annotated[str, Field(pattern=r"^arms/[a-z0-9-]+\.png$")]
+    seconds: Seconds
+    images: Annotated[str, Field(pattern=r"^arms/[a-z0-9-]+\.npz$")] | None = None
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class RealBaseline:
+    """The same classifier trained on real images: what no synthetic image can be expected to beat."""
+
+    tstr: Utility
+    label: str
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class _Arms:
+    arms: tuple[Arm, ...]
+    real: RealBaseline | None = None
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class _StudyFile:
+    hash: Digest
+    study: dict[str, Any]
+
+
+# ---- the record
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One try to get a sum of one cohort."""
+
+    number: int
+    opened: float
+    cohort: tuple[str, ...]
+    accepted: dict[str, UpdateAccepted]
+    missing: tuple[SiteMissing, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One turn of the cycle; what has not happened yet is None."""
+
+    number: int
+    attempts: tuple[Attempt, ...]
+    aggregated: RoundAggregated | None
+    applied: RoundApplied | None
+
+    @property
+    def bytes_up(self) -> dict[str, int]:
+        """site -> bytes of the update that is in the sum; empty before the sum is complete."""
+        if self.aggregated is None:
+            return {}
+        number = self.aggregated.attempt
+        attempt = next(a for a in self.attempts if a.number == number)
+        return {site: update.bytes_up for site, update in attempt.accepted.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hospital:
+    """One hospital's own view."""
+
+    name: str
+    loaded: DataLoaded | None
+    trained: dict[int, Trained]
+    """round -> event, in the order of the rounds; so are the two below"""
+    encrypted: dict[int, Encrypted]
+    """The last attempt of each round."""
+    updated: dict[int, Updated]
+    troubles: int
+    samples: dict[int, Path]
+    real: Path | None
+    drawn: bool
+    """Its images are phantoms that the simulation drew into the hospital's own folder, so nobody's."""
+
+    @property
+    def last(self) -> Trained | None:
+        """The latest round that this hospital trained."""
+        return self.trained[max(self.trained)] if self.trained else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """Everything that a run folder says. Hospitals are in the order of the study's roster."""
+
+    folder: Path
+    study: Study
+    opened: RunOpened | None
+    rounds: tuple[Round, ...]
+    closed: RunClosed | None
+    nodes_refused: int
+    hospitals: tuple[Hospital, ...]
+    arms: tuple[Arm, ...]
+    real: RealBaseline | None
+    insecure_seed: str | None
+    """What the file INSECURE-SEED holds; None where there is no such file."""
+
+    @property
+    def finished_rounds(self) -> tuple[Round, ...]:
+        """Rounds whose sum was applied."""
+        return tuple(r for r in self.rounds if r.applied is not None)
+
+    @property
+    def rounds_done(self) -> int:
+        return len(self.finished_rounds)
+
+    @property
+    def final_epsilon(self) -> dict[str, float]:
+        """site -> epsilon spent so far, 0 for a hospital that has not trained."""
+        return {h.name: h.last.epsilon if h.last else 0.0 for h in self.hospitals}
+
+
+def load(run_folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        RunError: RUN_RECORD, something that is there does not have the agreed form.
+    """
+    study = _read_study(run_folder / "study.json")
+    events = EventFile.of_coordinator(run_folder).new()
+    names = {site.name for site in study.sites}
+    for event in events:
+        _check_sites(event, names)
+    opened = [e for e in events if isinstance(e, RunOpened)]
+    closed = [e for e in events if isinstance(e, RunClosed)]
+    if any(e.study_hash != study.hash for e in opened):
+        raise RunError("RUN_RECORD", "the events belong to another study", "events.jsonl")
+    arms = _read_json(run_folder / "arms.json", TypeAdapter(_Arms)) or _Arms(())
+    seed = run_folder / "INSECURE-SEED"
+    return RunRecord(
+        folder=run_folder,
+        study=study,
+        opened=opened[0] if opened else None,
+        rounds=_rounds(events),
+        closed=closed[-1] if closed else None,
+        nodes_refused=sum(isinstance(e, NodeRefused) for e in events),
+        hospitals=tuple(_hospital(run_folder, site.name) for site in study.sites),
+        arms=arms.arms,
+        real=arms.real,
+        insecure_seed=seed.read_text(encoding="utf-8", errors="replace").strip() if seed.exists() else None,
+    )
+
+
+def epsilon_spent(home: Path) -> float:
+    """Epsilon that the hospital of this home folder has spent so far. Raises RunError like `load`."""
+    last = _hospital(home.parent.parent, home.name).last
+    return last.epsilon if last else 0.0
+
+
+class EventFile(Generic[E]):
+    """An events.jsonl that may still be growing. A line is given out once, and only when it is complete."""
+
+    def __init__(self, path: Path, events: TypeAdapter[E], where: str) -> None:
+        self._path, self._events, self._where = path, events, where
+        self._offset = self._line = 0
+
+    @staticmethod
+    def of_coordinator(run_folder: Path) -> EventFile[CoordinatorEvent]:
+        return EventFile(run_folder / "events.jsonl", _COORDINATOR, "events.jsonl")
+
+    @staticmethod
+    def of_hospital(run_folder: Path, site: str) -> EventFile[HospitalEvent]:
+        where = f"hospitals/{site}/events.jsonl"
+        return EventFile(run_folder / where, _HOSPITAL, where)
+
+    def new(self) -> list[E]:
+        """The events since the last call; none while there is no file.
+
+        Raises:
+            RunError: RUN_RECORD.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        found = []
+        for line in complete.splitlines():
+            self._line += 1
+            found.append(_validate(line, self._events, f"{self._where}:{self._line}"))
+        return found
+
+
+def _validate(data: bytes, kind: TypeAdapter[E], where: str) -> E:
+    try:
+        return kind.validate_json(data)
+    except ValidationError as error:
+        # The message of pydantic would repeat the value; a hospital's own log is nobody else's.
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise RunError("RUN_RECORD", f"{problem['type']} at {place or 'the start'}", where) from None
+
+
+def _read_json(path: Path, kind: TypeAdapter[E]) -> E | None:
+    try:
+        return _validate(path.read_bytes(), kind, path.name)
+    except FileNotFoundError:
+        return None
+
+
+def _read_study(path: Path) -> Study:
+    found = _read_json(path, TypeAdapter(_StudyFile))
+    if found is None:
+        hint = "give the folder of a run"
+        raise RunError("RUN_RECORD", "there is no study.json", str(path.parent), hint)
+    try:
+        study = from_dict(found.study, where=path.name)
+    except FedMedGanError as error:
+        raise RunError("RUN_RECORD", f"not a valid study ({error.code})", path.name) from None
+    if study.hash != found.hash:
+        raise RunError("RUN_RECORD", "the study does not have the hash that is written beside it", path.name)
+    return study
+
+
+def _check_sites(event: CoordinatorEvent, known: set[str]) -> None:
+    named = [*getattr(event, "sites", ()), *getattr(event, "cohort", ())]
+    if isinstance(event, UpdateAccepted | SiteMissing):
+        named.append(event.site)
+    if not known.issuperset(named):
+        raise RunError("RUN_RECORD", f"{event.event} names a site that is not in the study", "events.jsonl")
+
+
+def _rounds(events: Iterable[CoordinatorEvent]) -> tuple[Round, ...]:
+    """Put the coordinator's events into rounds and attempts."""
+    opened: dict[int, dict[int, RoundOpened]] = {}
+    accepted: dict[tuple[int, int], dict[str, UpdateAccepted]] = {}
+    missing: dict[tuple[int, int], list[SiteMissing]] = {}
+    aggregated: dict[int, RoundAggregated] = {}
+    applied: dict[int, RoundApplied] = {}
+    for event in events:
+        if isinstance(event, RoundOpened):
+            opened.setdefault(event.round, {})[event.attempt] = event
+        elif isinstance(event, UpdateAccepted | SiteMissing | RoundAggregated):
+            if event.attempt not in opened.get(event.round, {}):
+                what = f"{event.event} of an attempt that was never opened"
+                raise RunError("RUN_RECORD", what, "events.jsonl")
+            if isinstance(event, UpdateAccepted):
+                accepted.setdefault((event.round, event.attempt), {})[event.site] = event
+            elif isinstance(event, SiteMissing):
+                missing.setdefault((event.round, event.attempt), []).append(event)
+            else:
+                aggregated[event.round] = event
+        elif isinstance(event, RoundApplied):
+            if event.round not in aggregated:
+                raise RunError("RUN_RECORD", "a round was applied without a sum", "events.jsonl")
+            applied[event.round] = event
+    return tuple(
+        Round(
+            number=number,
+            attempts=tuple(
+                Attempt(
+                    number=attempt,
+                    opened=event.time,
+                    cohort=event.cohort,
+                    accepted=accepted.get((number, attempt), {}),
+                    missing=tuple(missing.get((number, attempt), ())),
+                )
+                for attempt, event in sorted(opened[number].items())
+            ),
+            aggregated=aggregated.get(number),
+            applied=applied.get(number),
+        )
+        for number in sorted(opened)
+    )
+
+
+def _hospital(run_folder: Path, name: str) -> Hospital:
+    events = EventFile.of_hospital(run_folder, name).new()
+    home = run_folder / "hospitals" / name
+    samples = {}
+    for path in sorted(home.glob("samples/round-*.png")):
+        digits = path.stem.removeprefix("round-")
+        if not (digits.isascii() and digits.isdigit()):
+            where = f"hospitals/{name}/samples"
+            raise RunError("RUN_RECORD", "a picture is not called round-NNNN.png", where)
+        samples[int(digits)] = path
+    return Hospital(
+        name=name,
+        loaded=next((e for e in events if isinstance(e, DataLoaded)), None),
+        trained={e.round: e for e in events if isinstance(e, Trained)},
+        encrypted={e.round: e for e in events if isinstance(e, Encrypted)},
+        updated={e.round: e for e in events if isinstance(e, Updated)},
+        troubles=sum(isinstance(e, Trouble) for e in events),
+        samples=samples,
+        real=home / "real.png" if (home / "real.png").is_file() else None,
+        drawn=(home / "dicom").is_dir(),
+    )
+
+
+# ---- figures in words, the same on the terminal and in the report
+
+
+def seconds_text(seconds: float) -> str:
+    """``0.02 s``, ``4.1 s``, ``75 s``, ``12 min 5 s``: two digits are enough to compare by."""
+    if seconds >= 600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
+    if seconds >= 0.001:
+        return f"{float(f'{seconds:.2g}'):g} s"
+    return "under 0.001 s" if seconds > 0 else "0 s"
+
+
+def bytes_text(count: float) -> str:
+    """``850 B``, ``412 kB``, ``1.24 MB``; 1 kB is 1000 bytes."""
+    if count < 999.5:
+        return f"{count:.0f} B"
+    if count < 999_500:
+        return f"{count / 1e3:.3g} kB"
+    return f"{count / 1e6:.3g} MB" if count < 999_500_000 else f"{count / 1e9:.3g} GB"
