@@ -21,18 +21,21 @@ from fedmedgan.shared.messages import Certificate, Envelope, Refusal, RoundOpen
 MAX_PAYLOAD_BYTES = 4 << 30
 
 
-def make_app(home_of: Callable[[Context], Path], *, insecure_seed: int | None = None) -> ClientApp:
+def make_app(
+    home_of: Callable[[Context], Path], *, insecure_seed: int | None = None, mods: list[Callable] | None = None
+) -> ClientApp:
     """A ClientApp whose hospitals live in the folders that `home_of` names."""
-    app = ClientApp()
+    app = ClientApp(mods=mods)
 
     def answer(message: Message, context: Context, reply: Callable[[Hospital, Envelope], Envelope]) -> Message:
         home = home_of(context)
         log = EventLog(home / "events.jsonl")
         try:
             hospital = Hospital(home, insecure_seed=insecure_seed)
-        except FedMedGanError as error:
-            log.write("failed", error=error.line())
-            raise RuntimeError(error.code) from None  # without keys and study there is nobody to sign a refusal
+        except Exception as error:  # without keys and study there is nobody to sign a refusal
+            log.write("failed", error=traceback.format_exc())
+            code = error.code if isinstance(error, FedMedGanError) else "RUN_CRASHED"
+            raise RuntimeError(code) from None
         try:
             sealed = reply(hospital, Envelope.from_record(message.content, MAX_PAYLOAD_BYTES))
         except FedMedGanError as error:

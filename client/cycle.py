@@ -106,6 +106,7 @@ class Hospital:
             study=self.study.hash,
             hospital=self.site.name,
             key_id=self.key_id,
+            parameters=self.plan.n_values,
             applied_round=self.applied_round,
             model_hash=self.model_hash,
         )

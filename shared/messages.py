@@ -61,6 +61,8 @@ class Present(Header):
 
     hospital: SiteName
     key_id: KeyId
+    parameters: Annotated[int, Field(ge=1, le=10**9)]
+    """Number of values in one update."""
     applied_round: Count
     model_hash: Hash
 

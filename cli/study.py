@@ -1,0 +1,128 @@
+"""``fedmedgan study``: write, check and show the agreement."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedmedgan.cli import output
+from fedmedgan.shared.errors import RunError
+from fedmedgan.shared.privacy.accounting import calibrate_noise, epsilon_pld
+from fedmedgan.shared.privacy.events import TrainingSteps
+from fedmedgan.shared.secure_sum.quantize import plan_for
+from fedmedgan.shared.secure_sum.proof import frame_bytes
+from fedmedgan.shared.study import Study, load, parse
+
+app = typer.Typer(help="The agreement: write, check, show.", no_args_is_help=True)
+
+
+def example() -> str:
+    """The commented example, which is also what `fedmedgan simulate` runs by default."""
+    return files("fedmedgan.simulations").joinpath("study.toml").read_text(encoding="utf-8")
+
+
+def read_study(path: Path | None) -> Study:
+    """A study from a file, or the example."""
+    return load(path) if path else parse(example(), "built-in example")
+
+
+@app.command()
+def new(path: Annotated[Path, typer.Argument(help="File to write; must not exist.")] = Path("study.toml")) -> None:
+    """Write a commented example."""
+    if path.exists():
+        raise RunError("RUN_PATH", "the file exists already", str(path), hint="choose another name")
+    try:
+        path.write_text(example(), encoding="utf-8")
+    except OSError as error:
+        raise RunError("RUN_PATH", f"cannot be written ({error.strerror})", str(path)) from None
+    output.emit({"path": str(path)}, lambda console: console.print(f"wrote {path}", soft_wrap=True))
+
+
+@app.command()
+def show(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
+    """Print the study with every default filled in, and its hash."""
+    study = load(path)
+
+    def human(console: Console) -> None:
+        console.print_json(study.canonical().decode())
+        console.print(f"hash {study.hash}", soft_wrap=True)
+
+    output.emit({"hash": study.hash, "study": study.model_dump(mode="json")}, human)
+
+
+@app.command()
+def check(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
+    """Validate a study, and print what it will cost: epsilon per site and round, bytes, time."""
+    study = load(path)
+    cost = _cost(study)
+
+    def human(console: Console) -> None:
+        console.print(f"study {study.name}  hash {study.hash}", soft_wrap=True)
+        console.print(
+            f"unit: one patient with all images and labels; adjacency: add/remove; delta {study.privacy.delta:g};"
+            f" {study.training.rounds} rounds of {study.training.local_steps} private steps",
+            soft_wrap=True,
+        )
+        table = Table("site", "patients", "weight", "sampling rate", "noise multiplier", "epsilon, round 1", "epsilon, all")
+        for row in cost["sites"]:
+            table.add_row(
+                row["name"],
+                str(row["patients"]),
+                str(row["weight"]),
+                f"{row['sampling_rate']:.4f}",
+                f"{row['noise_multiplier']:.3f}",
+                f"{row['epsilon_by_round'][0]:.2f}",
+                f"{row['epsilon_by_round'][-1]:.2f} of {study.privacy.epsilon:g}",
+            )
+        console.print(table)
+        console.print(
+            f"model: {cost['parameters']:,} parameters; a round sends {cost['bytes_up'] / 1e6:.2f} MB up and"
+            f" {cost['bytes_down'] / 1e6:.2f} MB down per hospital (plaintext float32: {cost['bytes_float32'] / 1e6:.2f} MB"
+            " each way)",
+            soft_wrap=True,
+        )
+        minutes = cost["seconds_training"] / 60
+        console.print(f"training: about {minutes:.1f} minutes per hospital on one core of this machine", soft_wrap=True)
+
+    output.emit({"hash": study.hash, **cost}, human)
+
+
+def _cost(study: Study) -> dict:
+    from fedmedgan.client.training.estimate import parameters, step_seconds
+
+    n = parameters(study)
+    plan = plan_for(study, n)
+    sites = []
+    for site in study.sites:
+        rate = study.sampling_rate(site)
+        sigma = calibrate_noise(
+            epsilon=study.privacy.epsilon, delta=study.privacy.delta, sampling_rate=rate, steps=study.total_steps
+        )
+        curve = [
+            epsilon_pld([TrainingSteps(sigma, rate, r * study.training.local_steps)], study.privacy.delta)
+            for r in range(1, study.training.rounds + 1)
+        ]
+        sites.append(
+            {
+                "name": site.name,
+                "patients": site.patients,
+                "weight": site.weight,
+                "sampling_rate": rate,
+                "noise_multiplier": sigma,
+                "epsilon_by_round": curve,
+            }
+        )
+    return {
+        "sites": sites,
+        "parameters": n,
+        "bytes_up": frame_bytes(plan, len(study.sites), "update"),
+        "bytes_down": frame_bytes(plan, len(study.sites), "sum"),
+        "bytes_float32": 4 * n,
+        "seconds_training": step_seconds(study) * study.total_steps,
+    }

@@ -1,0 +1,70 @@
+"""Phase 2: a running sum of ciphertexts that the server cannot read, in constant memory.
+
+Every update is verified before its bytes reach a parser: size, SHA-256, signature, study, round, attempt, cohort and
+key (shared/messages.py), then the frame (shared/secure_sum/cipher.py). Only then is it added, and forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from fedmedgan.shared.errors import MessageError
+from fedmedgan.shared.messages import Certificate, Envelope, RoundOpen, Signed, Update
+from fedmedgan.shared.secure_sum import cipher
+from fedmedgan.shared.study import Study
+
+
+class RoundSum:
+    """The sum of one attempt of one round.
+
+    Args:
+        n_blobs: ciphertexts of one update of this study; another number is refused.
+    """
+
+    def __init__(self, study: Study, opened: RoundOpen, n_blobs: int) -> None:
+        self.study, self.opened, self.n_blobs = study, opened, n_blobs
+        self.total = cipher.AddOnly(n_blobs)
+        self.signed: dict[str, Signed] = {}
+        self.losses: list[float] = []
+        self.model_hash = ""
+
+    def add(self, envelope: Envelope) -> Update:
+        """Verify one update and add it.
+
+        Raises:
+            MessageError: MSG_*, not signed by a member of the cohort, not of this round, or counted before.
+            CryptoError: HE_*, the ciphertext is cut, altered, or bound to something else.
+        """
+        update = envelope.open(Update, self.study)
+        for field in ("round", "attempt", "cohort", "key_id"):
+            if getattr(update, field) != getattr(self.opened, field):
+                raise MessageError("MSG_ROUND", f"the update is of another {field.replace('_', ' ')}", "Update")
+        if update.hospital not in self.opened.cohort:
+            raise MessageError("MSG_SENDER", "the sender is not in this round's cohort", "Update")
+        if update.hospital in self.signed:
+            raise MessageError("MSG_REPLAY", f"{update.hospital} was already counted", "Update")
+        if update.weight != self.study.site(update.hospital).weight:
+            raise MessageError("MSG_SENDER", "the weight is not the study's", "Update")
+        if self.model_hash and update.model_hash != self.model_hash:
+            raise MessageError("MODEL_DIVERGED", f"{update.hospital} trained another model", "Update")
+        blobs = cipher.unframe(envelope.payload, kind="update", n_blobs=self.n_blobs, **self._binding())
+        self.total.add(blobs)
+        self.model_hash = update.model_hash
+        self.signed[update.hospital] = Signed(header=envelope.header.decode(), signature=envelope.signature)
+        self.losses.append(update.generator_loss)
+        return update
+
+    def certify(self) -> tuple[Certificate, bytes]:
+        """The certificate and the encrypted sum, once everybody of the cohort is in."""
+        payload = cipher.frame(self.total.result(), kind="sum", **self._binding())
+        certificate = Certificate(
+            **self.opened.model_dump(),
+            updates=tuple(self.signed[name] for name in sorted(self.signed)),
+            payload_bytes=len(payload),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+        )
+        return certificate, payload
+
+    def _binding(self) -> dict[str, str | int]:
+        o = self.opened
+        return {"study_hash": o.study, "round": o.round, "attempt": o.attempt, "key_id": o.key_id}

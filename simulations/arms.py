@@ -1,0 +1,147 @@
+"""Comparison arms: what the same data and the same budget give in other ways.
+
+    federated      the run itself
+    alone-<site>   each hospital by itself, same steps, same sigma, so the same epsilon
+    no-privacy     federated averaging without clipping, noise or encryption: simulation only, never for real patients
+
+Each arm is trained by the very code of the hospitals (fedmedgan.client.training), and judged by training a small
+classifier on its synthetic images and testing it on real images of other patients (TSTR), which a simulation may do
+freely because its test patients are nobody's.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedmedgan.client import checkpoint
+from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.data.patients import load_patients
+from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.release import pictures
+from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
+from fedmedgan.client.release.generate import generate
+from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
+from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
+from fedmedgan.shared.study import Study
+from fedmedgan.simulations import consortium, record
+
+SYNTHETIC_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class _Arm:
+    name: str
+    label: str
+    private: bool
+    sites: tuple[str, ...]
+
+
+def run(run_folder: Path, study: Study, *, test_folder: Path | None, insecure_seed: int | None = None) -> Path:
+    """Train and judge all arms, two at a time, and write ``arms.json``.
+
+    Args:
+        test_folder: labelled DICOM images of other patients, to test classifiers on; without it arms are only shown.
+    """
+    arms = [_Arm("federated", "federated, private", True, tuple(s.name for s in study.sites))]
+    arms += [_Arm(f"alone-{s.name}", f"{s.name} alone, private", True, (s.name,)) for s in study.sites]
+    arms += [_Arm("no-privacy", "federated, WITHOUT privacy", False, tuple(s.name for s in study.sites))]
+    (run_folder / "arms").mkdir()
+    workers = min(len(arms), os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # the longest first
+        order = sorted(arms, key=lambda arm: (arm.name != "no-privacy", arm.name == "federated"))
+        jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test_folder, insecure_seed) for a in order}
+        reference = pool.submit(_train_on_real, run_folder, study, test_folder) if test_folder else None
+        rows = [jobs[arm.name].result() for arm in arms]
+        real = {"label": "train on real", "tstr": reference.result()} if reference else None
+    path = run_folder / "arms.json"
+    path.write_text(json.dumps({"arms": rows} | ({"real": real} if real else {}), indent=1), encoding="utf-8")
+    return path
+
+
+def _run_arm(
+    run_folder: Path, study: Study, arm: _Arm, test_folder: Path | None, insecure_seed: int | None
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    homes = [consortium.home_of(run_folder, name) for name in arm.sites]
+    random: RandomSource = SystemRandom() if insecure_seed is None else InsecureRandom(insecure_seed)
+    if arm.name == "federated":
+        generator: nn.Module = Hospital(homes[0]).networks[0]
+    else:
+        generator = _train(study, homes, private=arm.private, random=random)
+    seconds = time.perf_counter() - began
+    images, labels = generate(generator, study, SYNTHETIC_IMAGES, seed=study.gan.init_seed)
+    as_bytes = np.round((images + 1) * 127.5).astype(np.uint8)
+    np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels)
+    rows = [images[labels == label][:8] for label in range(len(study.images.classes))]
+    (run_folder / "arms" / f"{arm.name}.png").write_bytes(pictures.class_rows(rows, columns=8))
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "private": arm.private,
+        "epsilon": max(record.epsilon_spent(home) for home in homes) if arm.private else None,
+        "delta": study.privacy.delta if arm.private else None,
+        "tstr": _tstr(study, images, labels, test_folder) if test_folder else None,
+        "images": f"arms/{arm.name}.npz",
+        "picture": f"arms/{arm.name}.png",
+        "seconds": seconds,
+    }
+
+
+def _train(study: Study, homes: list[Path], *, private: bool, random: RandomSource) -> nn.Module:
+    """Federated averaging in the clear over these hospitals; with one of them, plain local training."""
+    hospitals = [Hospital(home) for home in homes]
+    trainers = [
+        LocalTrainer(
+            study,
+            *cdcgan.build(study.images, study.gan),
+            PatientSampler(h.load_patients(), study.sampling_rate(h.site), random),
+            noise_multiplier=h.sigma if private else None,
+            random=random,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        for h in hospitals
+    ]
+    shared = cdcgan.build(study.images, study.gan)
+    model = checkpoint.network_arrays(*shared)
+    weights = np.array([h.site.weight for h in hospitals], dtype=float)
+    for _ in range(study.training.rounds):
+        locals_ = []
+        for trainer in trainers:
+            checkpoint.load_networks(model, trainer.generator, trainer.discriminator)
+            trainer.train(study.training.local_steps)
+            locals_.append(checkpoint.network_arrays(trainer.generator, trainer.discriminator))
+        model = {
+            name: np.average([arrays[name] for arrays in locals_], axis=0, weights=weights).astype(np.float32)
+            for name in model
+        }
+    checkpoint.load_networks(model, *shared)
+    return shared[0]
+
+
+def _test_images(study: Study, test_folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    patients = load_patients(test_folder, study.images, pseudonym_key=os.urandom(32))
+    return patients.images_N1HW.astype(np.float32), patients.labels_N
+
+
+def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folder: Path) -> dict[str, Any]:
+    return asdict(train_on_synthetic_test_on_real(images, labels, *_test_images(study, test_folder)))
+
+
+def _train_on_real(run_folder: Path, study: Study, test_folder: Path) -> dict[str, Any]:
+    """The same classifier, trained on the hospitals' own images together: what no synthetic set can be asked to beat."""
+    sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
+    images = np.concatenate([s.images_N1HW for s in sets]).astype(np.float32)
+    return _tstr(study, images, np.concatenate([s.labels_N for s in sets]), test_folder)

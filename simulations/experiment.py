@@ -1,0 +1,93 @@
+"""One simulated experiment from study to report: prepare, read the data, run the cycle, compare, write."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedmedgan.shared.study import Study
+from fedmedgan.simulations import arms as comparison
+from fedmedgan.simulations import consortium, phantoms, record, report
+from fedmedgan.simulations.progress import Progress
+
+TEST_PATIENTS = 120
+TEST_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished experiment tells its user."""
+
+    run: record.RunRecord
+    report: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "run_folder": str(self.report.parent),
+            "report": str(self.report),
+            "study_hash": self.run.study.hash,
+            "rounds": self.run.rounds_done,
+            "epsilon": self.run.final_epsilon,
+        }
+
+    def lines(self) -> list[str]:
+        spent = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in self.run.final_epsilon.items())
+        privacy = self.run.study.privacy
+        return [
+            f"{self.run.rounds_done} rounds; epsilon {spent} of {privacy.epsilon:g} at delta {privacy.delta:g},"
+            " per patient, add/remove",
+            f"report: {self.report}",
+        ]
+
+
+def run(
+    study: Study,
+    run_folder: Path,
+    data: Mapping[str, Path],
+    *,
+    test_folder: Path | None,
+    arms: bool,
+    device: str,
+    ray_address: str | None,
+    drops: Collection[tuple[str, int]],
+    insecure_seed: int | None,
+    console: Console,
+) -> Finished:
+    """Run one experiment; see `fedmedgan simulate --help` for the arguments.
+
+    Raises:
+        FedMedGanError: of any kind; what was written so far stays in the run folder.
+    """
+    from fedmedgan.simulations import flower_app
+
+    console.print(f"study {study.name} {study.hash[:12]}: {len(study.sites)} hospitals, run folder {run_folder}")
+    run_folder = run_folder.resolve()
+    study = consortium.prepare(study, run_folder, data, device=device, insecure_seed=insecure_seed)
+    consortium.read_data(run_folder, study)
+    progress = Progress(run_folder, study, console)
+    progress.start()
+    try:
+        flower_app.run(run_folder, study, ray_address=ray_address, insecure_seed=insecure_seed, drops=drops)
+    finally:
+        progress.stop()
+    if arms:
+        console.print("comparison arms: each hospital alone, and without privacy")
+        if test_folder is None and not data:
+            test_folder = run_folder / "test"
+            _write_test_phantoms(test_folder, study)
+        comparison.run(run_folder, study, test_folder=test_folder, insecure_seed=insecure_seed)
+    page = report.write(run_folder)
+    return Finished(record.load(run_folder), page)
+
+
+def _write_test_phantoms(folder: Path, study: Study) -> None:
+    """Phantom patients of every hospital's look whom no hospital holds."""
+    for number, _ in enumerate(study.sites):
+        vendor = phantoms.VENDORS[number % len(phantoms.VENDORS)]
+        phantoms.write_hospital(
+            folder, patients=TEST_PATIENTS // len(study.sites), seed=TEST_SEED + number, vendor=vendor
+        )

@@ -1,0 +1,129 @@
+"""The simulated consortium as a Flower app: run by `fedmedgan simulate`, and by ``flwr run .`` with default settings.
+
+Messages, crypto and ledger are the deployed ones; only the place of the home folders differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedmedgan.client import app as client
+from fedmedgan.server.app import load_study
+from fedmedgan.server.cycle import Coordinator
+from fedmedgan.shared.messages import Envelope, RoundOpen, parse
+from fedmedgan.shared.study import Study, load
+from fedmedgan.simulations import consortium, report
+
+DEFAULT_STUDY = Path(__file__).with_name("study.toml")
+
+
+def client_app_for(
+    run_folder: Path, study: Study, *, insecure_seed: int | None = None, drops: Collection[tuple[str, int]] = ()
+) -> ClientApp:
+    """A ClientApp that plays hospital number ``partition-id`` of the roster.
+
+    Args:
+        drops: (site, round) pairs in which the hospital's process dies instead of answering.
+    """
+    names = [site.name for site in study.sites]
+
+    def home(context: Context) -> Path:
+        return consortium.home_of(run_folder, names[int(context.node_config["partition-id"])])
+
+    def dropping(message: Message, context: Context, call_next: Callable) -> Message:
+        envelope = Envelope.from_record(message.content, client.MAX_PAYLOAD_BYTES)
+        if envelope.kind == RoundOpen.__name__:
+            opened = parse(envelope.header, RoundOpen)
+            if (names[int(context.node_config["partition-id"])], opened.round) in drops:
+                raise RuntimeError("dropped, as the simulation was told")
+        return call_next(message, context)
+
+    return client.make_app(home, insecure_seed=insecure_seed, mods=[dropping] if drops else [])
+
+
+def run(
+    run_folder: Path,
+    study: Study,
+    *,
+    ray_address: str | None = None,
+    insecure_seed: int | None = None,
+    drops: Collection[tuple[str, int]] = (),
+) -> None:
+    """Run a prepared consortium on Flower's simulation engine (Ray), to the end.
+
+    Args:
+        ray_address: an existing Ray cluster; its nodes must see the run folder and have fedmedgan installed.
+
+    Raises:
+        RunError, ModelError: see fedmedgan.server.cycle.Coordinator.
+    """
+    from flwr.simulation import run_simulation  # takes seconds to import, and nobody else needs it
+
+    _log_to(run_folder / "flower.log")
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        Coordinator(grid, study, run_folder).run()
+
+    init: dict = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ray_address is None:
+        init |= {"num_cpus": os.cpu_count(), "object_store_memory": 256 << 20, "address": "local"}
+    else:
+        init["address"] = ray_address
+    run_simulation(
+        server_app=server_app,
+        client_app=client_app_for(run_folder, study, insecure_seed=insecure_seed, drops=drops),
+        num_supernodes=len(study.sites),
+        backend_config={"init_args": init, "client_resources": _resources(len(study.sites))},
+    )
+
+
+def _resources(n_sites: int) -> dict[str, int | float]:
+    """One core a hospital, and a fair share of the GPUs that there are."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    at_once = min(n_sites, os.cpu_count() or 1)
+    return {"num_cpus": 1, "num_gpus": min(1.0, round(gpus / at_once, 2))}
+
+
+def _log_to(path: Path) -> None:
+    """Flower's own log goes to a file: the console belongs to the progress display."""
+    logger = logging.getLogger("flwr")
+    logger.handlers = [logging.FileHandler(path)]
+    logger.propagate = False
+
+
+# ---- `flwr run .`: default study, one folder a run under ~/fedmedgan-runs unless `runs-folder` says otherwise
+
+
+def _flwr_run_folder(context: Context) -> Path:
+    base = str(context.run_config.get("runs-folder") or Path.home() / "fedmedgan-runs")
+    return Path(base) / f"flwr-{context.run_id}"
+
+
+def _flwr_home(context: Context) -> Path:
+    run_folder = _flwr_run_folder(context)
+    study = load_study(run_folder)
+    return consortium.home_of(run_folder, study.sites[int(context.node_config["partition-id"])].name)
+
+
+server_app = ServerApp()
+client_app = client.make_app(_flwr_home)
+
+
+@server_app.main()
+def _main(grid: Grid, context: Context) -> None:
+    run_folder = _flwr_run_folder(context)
+    study = consortium.prepare(load(DEFAULT_STUDY), run_folder, {})
+    consortium.read_data(run_folder, study)
+    Coordinator(grid, study, run_folder).run()
+    print(f"report: {report.write(run_folder)}")
