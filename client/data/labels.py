@@ -1,0 +1,107 @@
+"""The class of each image: from labels.csv, or from the name of the sub-folder it lies in.
+
+| classes of the study | labels.csv | label of an image |
+|---|---|---|
+| one | any | that class |
+| several | there | the row of its path; none where no row names it or the label is not a class of the study |
+| several | not there | its first-level sub-folder, where that is a class; otherwise none |
+
+A damaged labels.csv is an error for the whole folder: a guess would train on wrong labels. Messages name
+lines, never cells, since paths in hospitals hold names.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from fedmedgan.client.data.folder import LABELS
+from fedmedgan.shared.errors import DataError
+
+MAX_BYTES = 256 << 20
+
+
+def read(folder: Path) -> bytes | None:
+    """labels.csv of a folder, as it is; None where there is none.
+
+    Raises:
+        DataError: DATA_LABEL, it is not a regular file, or cannot be read.
+    """
+    path = folder / LABELS
+    try:
+        if not os.path.lexists(path):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _bad("is not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise _bad(f"is larger than {MAX_BYTES >> 20} MiB")
+            return file.read(MAX_BYTES)
+    except OSError as error:
+        raise _bad(f"cannot be read ({error.strerror})") from None
+
+
+def parse(content: bytes | None) -> dict[str, str] | None:
+    """labels.csv as relative path -> label; None where there is no such file.
+
+    Raises:
+        DataError: DATA_LABEL, it is not a UTF-8 table with the columns path and label, or names a path twice.
+    """
+    if content is None:
+        return None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _bad("is not UTF-8") from None
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    found: dict[str, str] = {}
+    try:
+        header = [cell.strip().lower() for cell in next(rows, [])]
+        if header.count("path") != 1 or header.count("label") != 1:
+            raise _bad("does not start with the line path,label")
+        path_at, label_at = header.index("path"), header.index("label")
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) != len(header):
+                raise _bad(f"has another number of cells in line {rows.line_num}")
+            path, label = row[path_at].strip().replace("\\", "/"), row[label_at].strip()
+            if not path or not label:
+                raise _bad(f"has an empty cell in line {rows.line_num}")
+            name = str(PurePosixPath(path))
+            if name in found:
+                raise _bad(f"names a path for the second time in line {rows.line_num}")
+            found[name] = label
+    except csv.Error:
+        raise _bad(f"is not valid CSV in line {rows.line_num}") from None
+    return found
+
+
+def label_of(name: str, labels: dict[str, str] | None, classes: Sequence[str]) -> tuple[int | None, str]:
+    """Place of an image's class in `classes`, or None and a reason.
+
+    Args:
+        name: path relative to the folder.
+        labels: what `parse` gave.
+    """
+    if len(classes) == 1:
+        return 0, ""
+    if labels is not None:
+        label, reason = labels.get(name), f"{LABELS} does not name it"
+        if label is not None:
+            reason = f"its label in {LABELS} is not a class of the study"
+    else:
+        parts = PurePosixPath(name).parts
+        label = parts[0] if len(parts) > 1 else None
+        reason = f"there is no {LABELS}, and its sub-folder is not a class of the study"
+    return (classes.index(label), "") if label in classes else (None, reason)
+
+
+def _bad(what: str) -> DataError:
+    return DataError("DATA_LABEL", f"{LABELS} {what}", LABELS, hint="mend it: UTF-8, the columns path,label")
