@@ -15,8 +15,8 @@ from fedmedgan.cli import output
 from fedmedgan.shared.errors import RunError
 from fedmedgan.shared.privacy.accounting import calibrate_noise, epsilon_pld
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.secure_sum.quantize import plan_for
-from fedmedgan.shared.secure_sum.proof import frame_bytes
+from fedmedgan.shared.secure_sum.cipher import max_frame_bytes
+from fedmedgan.shared.secure_sum.proof import update_blobs
 from fedmedgan.shared.study import Study, load, parse
 
 app = typer.Typer(help="The agreement: write, check, show.", no_args_is_help=True)
@@ -97,7 +97,7 @@ def _cost(study: Study) -> dict:
     from fedmedgan.client.training.estimate import parameters, step_seconds
 
     n = parameters(study)
-    plan = plan_for(study, n)
+    blobs = update_blobs(study, n)
     sites = []
     for site in study.sites:
         rate = study.sampling_rate(site)
@@ -121,8 +121,8 @@ def _cost(study: Study) -> dict:
     return {
         "sites": sites,
         "parameters": n,
-        "bytes_up": frame_bytes(plan, len(study.sites), "update"),
-        "bytes_down": frame_bytes(plan, len(study.sites), "sum"),
+        "bytes_up": max_frame_bytes(blobs, "update"),
+        "bytes_down": max_frame_bytes(blobs, "sum"),
         "bytes_float32": 4 * n,
         "seconds_training": step_seconds(study) * study.total_steps,
     }

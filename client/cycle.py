@@ -18,8 +18,10 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import rfc8785
 import torch
 
 from fedmedgan.client import checkpoint
@@ -40,16 +42,10 @@ from fedmedgan.shared.privacy.ledger import Ledger
 from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
-from fedmedgan.shared.secure_sum.quantize import SlotPlan
+from fedmedgan.shared.secure_sum.quantize import plan_for
 from fedmedgan.shared.study import Study, from_dict
 
 SAMPLE_COLUMNS = 8
-
-
-def slot_plan(study: Study, n_values: int) -> SlotPlan:
-    """How this study's updates are packed; equal at every site."""
-    s = study.secure_sum
-    return SlotPlan(n_values, s.bits, s.update_range, sum(site.weight for site in study.sites))
 
 
 def join(home: Path, study: Study) -> None:
@@ -94,11 +90,11 @@ class Hospital:
         self.sigma: float = agreed["noise_multiplier"]
         self.site = self.study.site(self.policy.site)
         self.index = self.study.index(self.site.name)
-        self.key_id = cipher.key_id(self.keys.he_secret)
+        self.key_id = self.keys.key_id
         self.networks = cdcgan.build(self.study.images, self.study.gan)
         self.model, self.applied_round = self._load_model()
         self.model_hash = checkpoint.content_hash(self.model)
-        self.plan = slot_plan(self.study, checkpoint.flatten(self.model).size)
+        self.plan = plan_for(self.study, checkpoint.flatten(self.model).size)
 
     def present(self) -> Envelope:
         """Who is there: the answer to `Roll`."""
@@ -235,7 +231,7 @@ class Hospital:
             n_sites=len(self.study.sites),
             site_index=self.index,
             weight=self.site.weight,
-            mac_key=self._mac_key(opened.round),
+            mac_key=self._mac_key(opened),
         )
         cohort = tuple(sorted(self.study.index(name) for name in opened.cohort))
         masked = masks.mask(
@@ -245,7 +241,7 @@ class Hospital:
             shared_secrets={
                 i: self.keys.shared_secret(self.study.sites[i].exchange_key) for i in cohort if i != self.index
             },
-            context=f"{self.study.hash}|{self.key_id}|{opened.round}|{opened.attempt}|{cohort}".encode(),
+            context=rfc8785.dumps(binding),
         )
         sealed = time.perf_counter()
         payload = cipher.frame(cipher.HospitalCipher(self.keys.he_secret).encrypt(masked), kind="update", **binding)
@@ -282,13 +278,12 @@ class Hospital:
         began = time.perf_counter()
         weights = self._check_certificate(certificate)
         n_slots = self.plan.n_slots + proof.extra_slots(len(self.study.sites))
-        blobs = cipher.unframe(
-            payload, kind="sum", n_blobs=cipher.blobs_for(n_slots), **self._binding(certificate)
-        )
+        n_blobs = cipher.blobs_for(n_slots)
+        blobs = cipher.unframe(payload, kind="sum", n_blobs=n_blobs, **self._binding(certificate))
         total = cipher.HospitalCipher(self.keys.he_secret).decrypt(blobs, n_slots)
         decrypted = time.perf_counter()
         slots = proof.open_sum(
-            total, n_sites=len(self.study.sites), weights=weights, mac_key=self._mac_key(certificate.round)
+            total, n_sites=len(self.study.sites), weights=weights, mac_key=self._mac_key(certificate)
         )
         cohort_weight = sum(weights.values())
         mean_P = self.plan.mean(self.plan.unpack(slots, cohort_weight), cohort_weight)
@@ -385,16 +380,17 @@ class Hospital:
             accountants=ENFORCED,
         )
 
-    def _binding(self, message: RoundOpen) -> dict[str, str | int]:
+    def _binding(self, message: RoundOpen) -> dict[str, Any]:
+        """What a ciphertext, a MAC key and a mask are good for: one attempt, and no other."""
         return {
             "study_hash": self.study.hash,
+            "key_id": self.key_id,
             "round": message.round,
             "attempt": message.attempt,
-            "key_id": self.key_id,
         }
 
-    def _mac_key(self, round: int) -> bytes:
-        return proof.derive_mac_key(self.keys.mac_root, self.study.hash, self.key_id, round)
+    def _mac_key(self, message: RoundOpen) -> bytes:
+        return proof.derive_mac_key(self.keys.mac_root, **self._binding(message))
 
     def _random(self, round: int) -> RandomSource:
         if self.insecure_seed is None:

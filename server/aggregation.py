@@ -7,6 +7,7 @@ key (shared/messages.py), then the frame (shared/secure_sum/cipher.py). Only the
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from fedmedgan.shared.errors import MessageError
 from fedmedgan.shared.messages import Certificate, Envelope, RoundOpen, Signed, Update
@@ -65,6 +66,6 @@ class RoundSum:
         )
         return certificate, payload
 
-    def _binding(self) -> dict[str, str | int]:
+    def _binding(self) -> dict[str, Any]:
         o = self.opened
         return {"study_hash": o.study, "round": o.round, "attempt": o.attempt, "key_id": o.key_id}

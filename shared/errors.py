@@ -105,6 +105,8 @@ HINTS: dict[str, str] = {
     "RUN_EXTRA": "install the extra that is named",
     "RUN_FLOWER": "see the log in the run folder",
     "RUN_RECORD": "the run folder was edited or damaged, or is not of this version; simulate again",
+    "RUN_NODE": "the hospital's process ended; its SuperNode's log says why",
+    "RUN_TIMEOUT": "the hospital did not answer in time; it may come back in the next round",
     "RUN_CRASHED": "an unforeseen error; the hospital's own events.jsonl holds it",
 }
 """code -> what to do about it. A code is never used for a second meaning."""

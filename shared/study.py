@@ -239,8 +239,8 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def _first_problem(error: ValidationError, values: dict[str, Any], where: str) -> StudyError:
-    """Pydantic's first complaint as one of ours."""
-    problem = error.errors(include_url=False)[0]
+    """Pydantic's complaint as one of ours; an unknown key first, because it explains a missing one."""
+    problem = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     kind, location, given = problem["type"], problem["loc"], problem.get("input")
     place = f"{where}: {'.'.join(str(p) for p in location)}"
     if kind == "extra_forbidden":

@@ -61,7 +61,7 @@ def prepare(
         epoch = keys.new_epoch()
         for number, site in enumerate(study.sites):
             home = home_of(run_folder, site.name)
-            keys.HospitalKeys.from_parts(identities[site.name], epoch).save(home / "keys")
+            identities[site.name].with_epoch(*epoch).save(home / "keys")
             folder = data.get(site.name)
             if folder is None:
                 folder = home / "dicom"
@@ -89,7 +89,7 @@ def read_data(run_folder: Path, study: Study) -> None:
         (home / "real.png").write_bytes(pictures.class_rows(rows, columns=8))
 
 
-def _with_keys(study: Study, identities: Mapping[str, keys.Identity]) -> Study:
+def _with_keys(study: Study, identities: Mapping[str, keys.HospitalKeys]) -> Study:
     if any(site.signing_key or site.exchange_key for site in study.sites):
         raise StudyError("STUDY_KEYS", "a simulation makes its own keys", "sites", hint="leave the keys out of the study")
     sites = tuple(

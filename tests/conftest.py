@@ -1,0 +1,59 @@
+"""What several tests share: the shared data folder, a tiny study, and a prepared consortium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_study(sites: int = 4, **sections):
+    """A study that trains in a second: 28 pixels, two rounds of two steps."""
+    from fedmedgan.shared.study import from_dict
+
+    values = {
+        "name": "tiny",
+        "round_timeout": 120.0,
+        "sites": [{"name": f"site-{i}", "patients": 24, "weight": 1 + i % 2} for i in range(sites)],
+        "images": {"size": 28},
+        "gan": {"width": 4, "latent": 8},
+        "training": {"rounds": 2, "local_steps": 2, "patients_per_step": 6},
+        "privacy": {"delta": 0.01, "epsilon": 20.0},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return from_dict(values)
+
+
+@pytest.fixture(scope="session")
+def _prepared(tmp_path_factory):
+    from fedmedgan.simulations import consortium
+
+    folder = tmp_path_factory.mktemp("consortium") / "run"
+    study = consortium.prepare(tiny_study(), folder, {})
+    consortium.read_data(folder, study)
+    return folder, study
+
+
+@pytest.fixture
+def prepared(_prepared, tmp_path):
+    """(run folder, study) of a consortium of four tiny hospitals on phantoms, its own copy for each test."""
+    folder, study = _prepared
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    return copy, study
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real images; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("FEDMEDGAN_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("the folder with real images is not here (FEDMEDGAN_SHARED_DATA names another)")
+    return folder

@@ -1,0 +1,269 @@
+"""The four phases with real hospitals, real encryption and real training, without Flower between them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fedmedgan.client import checkpoint
+from fedmedgan.client.cycle import Hospital
+from fedmedgan.server.aggregation import RoundSum
+from fedmedgan.shared.errors import CryptoError, FedMedGanError, MessageError, PrivacyError
+from fedmedgan.shared.messages import Applied, Certificate, Envelope, RoundOpen, Update
+from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.secure_sum import cipher
+from fedmedgan.shared.secure_sum.proof import update_blobs
+from fedmedgan.simulations import consortium
+
+
+def open_round(study, number: int, names=None, attempt: int = 1, key_id: str = "") -> RoundOpen:
+    cohort = tuple(sorted(names or [s.name for s in study.sites]))
+    return RoundOpen(study=study.hash, round=number, attempt=attempt, cohort=cohort, key_id=key_id)
+
+
+def hospitals(prepared) -> list[Hospital]:
+    """Opened anew, as for every message."""
+    folder, study = prepared
+    return [Hospital(home) for home in consortium.homes(folder, study)]
+
+
+def through_the_wire(envelope: Envelope) -> Envelope:
+    return Envelope.from_record(envelope.to_record(), 1 << 30)
+
+
+def collect(prepared, opened: RoundOpen) -> tuple[RoundSum, list[Envelope]]:
+    folder, study = prepared
+    members = [h for h in hospitals(prepared) if h.site.name in opened.cohort]
+    updates = [through_the_wire(h.local_update(opened)) for h in members]
+    total = RoundSum(study, opened, update_blobs(study, members[0].plan.n_values))
+    for update in updates:
+        total.add(update)
+    return total, updates
+
+
+def test_two_rounds_end_with_the_same_model_everywhere_and_the_mean_is_exact(prepared):
+    folder, study = prepared
+    for number in (1, 2):
+        before = hospitals(prepared)
+        opened = open_round(study, number, key_id=before[0].key_id)
+        total, _ = collect(prepared, opened)
+        levels = [checkpoint.read(h.home / "update.safetensors")[0]["levels"].astype(np.int64) for h in before]
+        certificate, payload = total.certify()
+        answers = [h.apply_sum(certificate, payload).open(Applied, study) for h in hospitals(prepared)]
+        assert len({a.model_hash for a in answers}) == 1
+
+        weights = [s.weight for s in study.sites]
+        plan = before[0].plan
+        slow_mean = sum(w * (q - (plan.levels - 1) // 2) * plan.step for w, q in zip(weights, levels, strict=True))
+        slow_mean = slow_mean / sum(weights)
+        moved = checkpoint.flatten(hospitals(prepared)[0].model) - checkpoint.flatten(before[0].model)
+        np.testing.assert_allclose(moved, slow_mean, atol=1e-6)
+        assert np.abs(moved).max() > 0
+
+
+def test_a_dropout_is_left_out_without_a_second_charge_and_comes_back_with_the_right_model(prepared):
+    folder, study = prepared
+    key_id = hospitals(prepared)[0].key_id
+    everyone = [s.name for s in study.sites]
+    opened = open_round(study, 1, key_id=key_id)
+    for hospital in hospitals(prepared)[:3]:
+        hospital.local_update(opened)  # the fourth never answers, so this attempt is given up
+    spent = [read_ledger(h.home / "ledger.jsonl").seq for h in hospitals(prepared)[:3]]
+    again = open_round(study, 1, everyone[:3], attempt=2, key_id=key_id)
+    total, _ = collect(prepared, again)
+    assert [read_ledger(h.home / "ledger.jsonl").seq for h in hospitals(prepared)[:3]] == spent
+    certificate, payload = total.certify()
+    hashes = {h.apply_sum(certificate, payload).open(Applied, study).model_hash for h in hospitals(prepared)}
+    assert len(hashes) == 1, "the fourth applies the sum that it is not in"
+    second, _ = collect(prepared, open_round(study, 2, key_id=key_id))
+    assert set(second.signed) == set(everyone)
+
+
+def test_a_masked_update_alone_tells_a_holder_of_the_key_nothing(prepared):
+    """The server together with one hospital decrypts one upload: only uniform slots come out."""
+    folder, study = prepared
+    hospital = hospitals(prepared)[0]
+    opened = open_round(study, 1, key_id=hospital.key_id)
+    envelope = hospital.local_update(opened)
+    blobs = cipher.unframe(
+        envelope.payload,
+        kind="update",
+        n_blobs=update_blobs(study, hospital.plan.n_values),
+        study_hash=study.hash,
+        round=1,
+        attempt=1,
+        key_id=hospital.key_id,
+    )
+    slots = cipher.HospitalCipher(hospital.keys.he_secret).decrypt(blobs, hospital.plan.n_slots)
+    counts, _ = np.histogram(slots, bins=16, range=(0, cipher.PLAIN_MODULUS))
+    expected = slots.size / 16
+    assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-square, 15 degrees of freedom, p about 1e-4
+    levels = checkpoint.read(hospital.home / "update.safetensors")[0]["levels"].astype(np.int64)
+    assert not np.array_equal(slots, hospital.plan.pack(levels, hospital.site.weight))
+
+
+def test_a_second_attempt_for_a_larger_or_other_cohort_is_refused(prepared):
+    folder, study = prepared
+    names = [s.name for s in study.sites]
+    first = hospitals(prepared)[0]
+    first.local_update(open_round(study, 1, names[:3], key_id=first.key_id))
+    for cohort, attempt in ((names, 2), ([names[0], *names[2:]], 2), (names[:3], 2), (names, 1)):
+        with pytest.raises(MessageError) as caught:
+            hospitals(prepared)[0].local_update(open_round(study, 1, cohort, attempt, first.key_id))
+        assert caught.value.code == "MSG_REPLAY"
+
+
+def test_the_same_attempt_is_answered_again_without_training_or_charge(prepared):
+    folder, study = prepared
+    first = hospitals(prepared)[0]
+    opened = open_round(study, 1, key_id=first.key_id)
+    first.local_update(opened)
+    seq = read_ledger(first.home / "ledger.jsonl").seq
+    again = hospitals(prepared)[0].local_update(opened)
+    assert read_ledger(first.home / "ledger.jsonl").seq == seq
+    assert through_the_wire(again).open(Update, study).round == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"round": 2}, "MSG_ROUND"),
+        ({"key_id": "0" * 32}, "MSG_KEY"),
+        ({"cohort": ("site-0", "site-1")}, "MSG_SENDER"),
+        ({"cohort": ("site-1", "site-2", "site-3")}, "MSG_SENDER"),
+        ({"cohort": ("site-0", "site-0", "site-1")}, "MSG_SENDER"),
+        ({"cohort": ("site-0", "site-1", "stranger")}, "MSG_SENDER"),
+    ],
+)
+def test_a_hospital_refuses_a_round_that_does_not_fit_its_own_state(prepared, change, code):
+    folder, study = prepared
+    hospital = hospitals(prepared)[0]
+    opened = open_round(study, 1, key_id=hospital.key_id).model_copy(update=change)
+    with pytest.raises(MessageError) as caught:
+        hospital.local_update(opened)
+    assert caught.value.code == code
+    assert not (hospital.home / "update.safetensors").exists()
+
+
+def test_a_spent_budget_refuses_the_round_before_it_starts(prepared):
+    folder, study = prepared
+    home = consortium.homes(folder, study)[0]
+    policy = (home / "policy.toml").read_text().replace("max_epsilon = 20.0", "max_epsilon = 0.5")
+    (home / "policy.toml").write_text(policy)
+    hospital = Hospital(home)
+    records = read_ledger(home / "ledger.jsonl").seq
+    with pytest.raises(PrivacyError) as caught:
+        hospital.local_update(open_round(study, 1, key_id=hospital.key_id))
+    assert caught.value.code == "BUDGET_EXHAUSTED"
+    assert read_ledger(home / "ledger.jsonl").seq == records, "nothing was reserved"
+    assert not (home / "optimizers.safetensors").exists(), "nothing was trained"
+
+
+def test_a_crash_while_training_spends_the_reservation(prepared, monkeypatch):
+    folder, study = prepared
+    hospital = hospitals(prepared)[0]
+    monkeypatch.setattr(Hospital, "_train_networks", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hospital.local_update(open_round(study, 1, key_id=hospital.key_id))
+    kinds = [json.loads(line)["body"]["kind"] for line in (hospital.home / "ledger.jsonl").read_text().splitlines()]
+    assert kinds.count("reserve") == 1
+    assert kinds.count("charge") == 0
+    monkeypatch.undo()
+    retried = hospitals(prepared)[0]
+    with pytest.raises(PrivacyError) as caught:  # both rounds' worth of sigma was planned for exactly two rounds
+        for number in (1, 2):
+            opened = open_round(study, number, key_id=retried.key_id)
+            total, _ = collect(prepared, opened)
+            certificate, payload = total.certify()
+            for h in hospitals(prepared):
+                h.apply_sum(certificate, payload)
+    assert caught.value.code == "BUDGET_EXHAUSTED"
+
+
+MANIPULATIONS = {
+    "the payload is cut": lambda c, p, o: (c, p[:-1]),
+    "one bit is flipped": lambda c, p, o: (c, p[:5000] + bytes([p[5000] ^ 1]) + p[5001:]),
+    "it is empty": lambda c, p, o: (c, b""),
+    "the sum of an earlier attempt": lambda c, p, o: (c, o),
+}
+
+
+@pytest.mark.parametrize("name", MANIPULATIONS)
+def test_a_manipulated_sum_is_refused_and_the_model_stays(prepared, name):
+    folder, study = prepared
+    key_id = hospitals(prepared)[0].key_id
+    total, updates = collect(prepared, open_round(study, 1, key_id=key_id))
+    certificate, payload = total.certify()
+    other = RoundSum(study, total.opened, total.n_blobs)
+    for update in updates[:3]:
+        other.add(update)
+    certificate, payload = MANIPULATIONS[name](certificate, payload, other.certify()[1])
+    victim = hospitals(prepared)[0]
+    with pytest.raises(FedMedGanError):
+        victim.apply_sum(certificate, payload)
+    assert Hospital(victim.home).applied_round == 0
+
+
+def test_a_server_that_leaves_a_hospital_out_but_certifies_it_is_caught_by_the_proof(prepared):
+    """Frame and hashes are right here, as a malicious server would make them: only the MAC and presence slots differ."""
+    folder, study = prepared
+    key_id = hospitals(prepared)[0].key_id
+    total, updates = collect(prepared, open_round(study, 1, key_id=key_id))
+    honest, _ = total.certify()
+    short = RoundSum(study, total.opened, total.n_blobs)
+    for update in updates[:3]:
+        short.add(update)
+    _, payload = short.certify()
+    victim = hospitals(prepared)[0]
+    with pytest.raises(CryptoError) as caught:
+        victim.apply_sum(honest, payload)
+    assert caught.value.code == "ROUND_REJECTED"
+    assert Hospital(victim.home).applied_round == 0
+
+
+def test_the_server_refuses_what_is_not_an_update_of_this_round(prepared):
+    folder, study = prepared
+    key_id = hospitals(prepared)[0].key_id
+    opened = open_round(study, 1, key_id=key_id)
+    total, updates = collect(prepared, opened)
+    fresh = RoundSum(study, opened, total.n_blobs)
+    good = updates[0]
+    raw = bytearray(good.payload)
+    raw[len(raw) // 2] ^= 4
+    bad = {
+        "MSG_REPLAY": [good, good],
+        "MSG_FORMAT": [good.model_copy(update={"payload": bytes(raw)})],
+        "MSG_SIGNATURE": [good.model_copy(update={"signature": "0" * 128})],
+    }
+    for code, sequence in bad.items():
+        target = RoundSum(study, opened, total.n_blobs)
+        with pytest.raises(MessageError) as caught:
+            for envelope in sequence:
+                target.add(envelope)
+        assert caught.value.code == code
+    stranger = updates[1].open(Update, study).model_copy(update={"hospital": "site-0"})
+    with pytest.raises(MessageError) as caught:
+        fresh.add(Envelope.seal(stranger, hospitals(prepared)[1].keys.signing, updates[1].payload))
+    assert caught.value.code == "MSG_SIGNATURE", "one hospital cannot speak for another"
+    other_round = RoundSum(study, open_round(study, 2, key_id=key_id), total.n_blobs)
+    with pytest.raises(MessageError) as caught:
+        other_round.add(good)
+    assert caught.value.code == "MSG_ROUND"
+
+
+def test_a_certificate_is_checked_word_by_word(prepared):
+    folder, study = prepared
+    key_id = hospitals(prepared)[0].key_id
+    total, _ = collect(prepared, open_round(study, 1, key_id=key_id))
+    certificate, payload = total.certify()
+    fewer = certificate.model_copy(update={"updates": certificate.updates[:3]})
+    twice = certificate.model_copy(update={"updates": (certificate.updates[0], *certificate.updates[:3])})
+    forged = certificate.updates[0].model_copy(update={"header": certificate.updates[0].header.replace('"weight":1', '"weight":3')})
+    wrong = certificate.model_copy(update={"updates": (forged, *certificate.updates[1:])})
+    for bad in (fewer, twice, wrong, certificate.model_copy(update={"attempt": 2})):
+        with pytest.raises((MessageError, CryptoError)):
+            hospitals(prepared)[0].apply_sum(bad, payload)
+    assert isinstance(certificate, Certificate)
+    assert Hospital(consortium.homes(folder, study)[0]).applied_round == 0
