@@ -48,7 +48,7 @@ def check(
     report = _check(folder, rules)
     output.emit(report.to_json(), lambda console: _draw(report, console))
     if not report.images and not output.wants_json():
-        raise DataError("DATA_EMPTY", f"no usable image among {report.summary()}", str(folder))
+        raise DataError("DATA_EMPTY", f"no usable image among {report.sentence()}", str(folder))
 
 
 def _check(folder: Path, rules: Images) -> FolderReport:

@@ -54,7 +54,11 @@ class FolderReport:
         counts = Counter(file.code for file in self.files if not file.used)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
-    def summary(self) -> str:
+    def summary(self) -> dict[str, Any]:
+        """Counts for the hospital's own event log."""
+        return {"images": self.images, "patients": self.patients, "refused": self.left_out}
+
+    def sentence(self) -> str:
         """``12 files: DICOM_MODALITY 9, DICOM_NOT_DICOM 3``."""
         reasons = ", ".join(f"{code} {count}" for code, count in self.left_out.items())
         return f"{len(self.files)} files" + (f": {reasons}" if reasons else "")

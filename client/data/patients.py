@@ -119,7 +119,7 @@ def load_patients(
             arrays = {"images": found.images_N1HW, "labels": found.labels_N, "patients": found.patient_N}
             image_cache.write(cache, arrays, found.report.to_json(), state, pseudonym_key)
     if not found.report.images:
-        raise DataError("DATA_EMPTY", f"no usable image among {found.report.summary()}", str(folder))
+        raise DataError("DATA_EMPTY", f"no usable image among {found.report.sentence()}", str(folder))
     return found
 
 
