@@ -349,7 +349,7 @@ class Hospital:
             images = self.networks[0].cpu()(latent, labels).numpy()
         path = self.home / "samples" / f"round-{self.applied_round:04d}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(pictures.grid(images, columns=columns))
+        path.write_bytes(pictures.png(pictures.grid(images, columns)))
 
     @property
     def _model_file(self) -> Path:

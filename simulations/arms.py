@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fedmedgan.client import checkpoint
-from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital
 from fedmedgan.client.data.patients import load_patients
 from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.release import pictures
@@ -85,8 +85,8 @@ def _run_arm(
     images, labels = generate(generator, study, SYNTHETIC_IMAGES, seed=study.gan.init_seed)
     as_bytes = np.round((images + 1) * 127.5).astype(np.uint8)
     np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels)
-    rows = [images[labels == label][:8] for label in range(len(study.images.classes))]
-    (run_folder / "arms" / f"{arm.name}.png").write_bytes(pictures.class_rows(rows, columns=8))
+    sheet = pictures.by_class(images, labels, len(study.images.classes), SAMPLE_COLUMNS)
+    (run_folder / "arms" / f"{arm.name}.png").write_bytes(pictures.png(sheet))
     return {
         "name": arm.name,
         "label": arm.label,
@@ -137,7 +137,13 @@ def _test_images(study: Study, test_folder: Path) -> tuple[np.ndarray, np.ndarra
 
 
 def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folder: Path) -> dict[str, Any]:
-    return asdict(train_on_synthetic_test_on_real(images, labels, *_test_images(study, test_folder)))
+    found = train_on_synthetic_test_on_real(images, labels, *_test_images(study, test_folder))
+    return {
+        "accuracy": {"mean": found.accuracy, "std": found.accuracy_deviation},
+        "auc": {"mean": found.auc, "std": found.auc_deviation},
+        "chance": found.chance,
+        "tested_on": found.tested_on,
+    }
 
 
 def _train_on_real(run_folder: Path, study: Study, test_folder: Path) -> dict[str, Any]:

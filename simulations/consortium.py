@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedmedgan.client.cycle import Hospital, join
+from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital, join
 from fedmedgan.client.release import pictures
 from fedmedgan.shared.errors import DataError, RunError, StudyError
 from fedmedgan.shared.secure_sum import keys
@@ -65,9 +65,8 @@ def prepare(
             folder = data.get(site.name)
             if folder is None:
                 folder = home / "dicom"
-                phantoms.write_hospital(
-                    folder, patients=site.patients, seed=number, vendor=phantoms.VENDORS[number % len(phantoms.VENDORS)]
-                )
+                vendor = phantoms.vendor_for(number)
+                phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor)
             _write_policy(home, site.name, folder.resolve(), study, device)
             join(home, study)
         if insecure_seed is not None:
@@ -83,10 +82,8 @@ def read_data(run_folder: Path, study: Study) -> None:
     """Read every hospital's folder once, through the real reader, and draw some of its images for the report."""
     for home in homes(run_folder, study):
         patients = Hospital(home).load_patients()
-        rows = [
-            patients.images_N1HW[patients.labels_N == label][:8] for label in range(len(study.images.classes))
-        ]
-        (home / "real.png").write_bytes(pictures.class_rows(rows, columns=8))
+        sheet = pictures.by_class(patients.images_N1HW, patients.labels_N, len(study.images.classes), SAMPLE_COLUMNS)
+        (home / "real.png").write_bytes(pictures.png(sheet))
 
 
 def _with_keys(study: Study, identities: Mapping[str, keys.HospitalKeys]) -> Study:

@@ -87,7 +87,5 @@ def run(
 def _write_test_phantoms(folder: Path, study: Study) -> None:
     """Phantom patients of every hospital's look whom no hospital holds."""
     for number, _ in enumerate(study.sites):
-        vendor = phantoms.VENDORS[number % len(phantoms.VENDORS)]
-        phantoms.write_hospital(
-            folder, patients=TEST_PATIENTS // len(study.sites), seed=TEST_SEED + number, vendor=vendor
-        )
+        patients, vendor = TEST_PATIENTS // len(study.sites), phantoms.vendor_for(number)
+        phantoms.write_hospital(folder / f"{number}", patients=patients, seed=TEST_SEED + number, vendor=vendor)

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmedgan.client import app as client
 from fedmedgan.server.app import load_study
 from fedmedgan.server.cycle import Coordinator
+from fedmedgan.shared.errors import RunError
 from fedmedgan.shared.messages import Envelope, RoundOpen, parse
 from fedmedgan.shared.study import Study, load
 from fedmedgan.simulations import consortium, report
@@ -78,12 +79,15 @@ def run(
         init |= {"num_cpus": os.cpu_count(), "object_store_memory": 256 << 20, "address": "local"}
     else:
         init["address"] = ray_address
-    run_simulation(
-        server_app=server_app,
-        client_app=client_app_for(run_folder, study, insecure_seed=insecure_seed, drops=drops),
-        num_supernodes=len(study.sites),
-        backend_config={"init_args": init, "client_resources": _resources(len(study.sites))},
-    )
+    try:
+        run_simulation(
+            server_app=server_app,
+            client_app=client_app_for(run_folder, study, insecure_seed=insecure_seed, drops=drops),
+            num_supernodes=len(study.sites),
+            backend_config={"init_args": init, "client_resources": _resources(len(study.sites))},
+        )
+    except (RuntimeError, ConnectionError) as error:
+        raise RunError("RUN_FLOWER", f"Flower's engine stopped: {error}", str(run_folder / "flower.log")) from error
 
 
 def _resources(n_sites: int) -> dict[str, int | float]:
