@@ -23,7 +23,7 @@ def simulate(
         typer.Option(help="site=FOLDER with that site's DICOM files; sites without one get phantoms."),
     ] = None,
     test: Annotated[
-        Path | None, typer.Option(help="Folder of labelled DICOM of other patients, to judge synthetic images by.")
+        list[Path] | None, typer.Option(help="Folder of labelled DICOM of other patients, to judge synthetic images by.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty; default runs/NAME-TIME.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Instead of the study's number of rounds.")] = None,
@@ -67,7 +67,7 @@ def simulate(
         study,
         run_folder,
         folders,
-        test_folder=test,
+        test_folders=test or [],
         arms=arms,
         device=device,
         ray_address=ray_address,

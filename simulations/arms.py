@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 
 from fedmedgan.client import checkpoint
 from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital
-from fedmedgan.client.data.patients import load_patients
+from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
@@ -47,11 +48,11 @@ class _Arm:
     sites: tuple[str, ...]
 
 
-def run(run_folder: Path, study: Study, *, test_folder: Path | None, insecure_seed: int | None = None) -> Path:
+def run(run_folder: Path, study: Study, *, test_folders: Sequence[Path], insecure_seed: int | None = None) -> Path:
     """Train and judge all arms, two at a time, and write ``arms.json``.
 
     Args:
-        test_folder: labelled DICOM images of other patients, to test classifiers on; without it arms are only shown.
+        test_folders: labelled DICOM images of other patients, to test classifiers on; without, arms are only shown.
     """
     arms = [_Arm("federated", "federated, private", True, tuple(s.name for s in study.sites))]
     arms += [_Arm(f"alone-{s.name}", f"{s.name} alone, private", True, (s.name,)) for s in study.sites]
@@ -62,8 +63,8 @@ def run(run_folder: Path, study: Study, *, test_folder: Path | None, insecure_se
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         # the longest first
         order = sorted(arms, key=lambda arm: (arm.name != "no-privacy", arm.name == "federated"))
-        jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test_folder, insecure_seed) for a in order}
-        reference = pool.submit(_train_on_real, run_folder, study, test_folder) if test_folder else None
+        jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test_folders, insecure_seed) for a in order}
+        reference = pool.submit(_train_on_real, run_folder, study, test_folders) if test_folders else None
         rows = [jobs[arm.name].result() for arm in arms]
         real = {"label": "train on real", "tstr": reference.result()} if reference else None
     path = run_folder / "arms.json"
@@ -72,7 +73,7 @@ def run(run_folder: Path, study: Study, *, test_folder: Path | None, insecure_se
 
 
 def _run_arm(
-    run_folder: Path, study: Study, arm: _Arm, test_folder: Path | None, insecure_seed: int | None
+    run_folder: Path, study: Study, arm: _Arm, test_folders: Sequence[Path], insecure_seed: int | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
     homes = [consortium.home_of(run_folder, name) for name in arm.sites]
@@ -93,7 +94,7 @@ def _run_arm(
         "private": arm.private,
         "epsilon": max(record.epsilon_spent(home) for home in homes) if arm.private else None,
         "delta": study.privacy.delta if arm.private else None,
-        "tstr": _tstr(study, images, labels, test_folder) if test_folder else None,
+        "tstr": _tstr(study, images, labels, test_folders) if test_folders else None,
         "images": f"arms/{arm.name}.npz",
         "picture": f"arms/{arm.name}.png",
         "seconds": seconds,
@@ -131,13 +132,15 @@ def _train(study: Study, homes: list[Path], *, private: bool, random: RandomSour
     return shared[0]
 
 
-def _test_images(study: Study, test_folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    patients = load_patients(test_folder, study.images, pseudonym_key=os.urandom(32))
-    return patients.images_N1HW.astype(np.float32), patients.labels_N
+def _pooled(sets: Sequence[PatientImages]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of several folders together."""
+    images = np.concatenate([s.images_N1HW for s in sets]).astype(np.float32)
+    return images, np.concatenate([s.labels_N for s in sets])
 
 
-def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folder: Path) -> dict[str, Any]:
-    found = train_on_synthetic_test_on_real(images, labels, *_test_images(study, test_folder))
+def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folders: Sequence[Path]) -> dict[str, Any]:
+    test = [load_patients(folder, study.images, pseudonym_key=os.urandom(32)) for folder in test_folders]
+    found = train_on_synthetic_test_on_real(images, labels, *_pooled(test))
     return {
         "accuracy": {"mean": found.accuracy, "std": found.accuracy_deviation},
         "auc": {"mean": found.auc, "std": found.auc_deviation},
@@ -146,8 +149,7 @@ def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folder: Pat
     }
 
 
-def _train_on_real(run_folder: Path, study: Study, test_folder: Path) -> dict[str, Any]:
+def _train_on_real(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> dict[str, Any]:
     """The same classifier, trained on the hospitals' own images together: what no synthetic set can be asked to beat."""
     sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
-    images = np.concatenate([s.images_N1HW for s in sets]).astype(np.float32)
-    return _tstr(study, images, np.concatenate([s.labels_N for s in sets]), test_folder)
+    return _tstr(study, *_pooled(sets), test_folders)

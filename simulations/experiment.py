@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def run(
     run_folder: Path,
     data: Mapping[str, Path],
     *,
-    test_folder: Path | None,
+    test_folders: Sequence[Path],
     arms: bool,
     device: str,
     ray_address: str | None,
@@ -76,16 +76,18 @@ def run(
         progress.stop()
     if arms:
         console.print("comparison arms: each hospital alone, and without privacy")
-        if test_folder is None and not data:
-            test_folder = run_folder / "test"
-            _write_test_phantoms(test_folder, study)
-        comparison.run(run_folder, study, test_folder=test_folder, insecure_seed=insecure_seed)
+        if not test_folders and not data:
+            test_folders = _test_phantoms(run_folder / "test", study)
+        comparison.run(run_folder, study, test_folders=test_folders, insecure_seed=insecure_seed)
     page = report.write(run_folder)
     return Finished(record.load(run_folder), page)
 
 
-def _write_test_phantoms(folder: Path, study: Study) -> None:
+def _test_phantoms(folder: Path, study: Study) -> list[Path]:
     """Phantom patients of every hospital's look whom no hospital holds."""
-    for number, _ in enumerate(study.sites):
+    folders = []
+    for number, site in enumerate(study.sites):
         patients, vendor = TEST_PATIENTS // len(study.sites), phantoms.vendor_for(number)
-        phantoms.write_hospital(folder / f"{number}", patients=patients, seed=TEST_SEED + number, vendor=vendor)
+        phantoms.write_hospital(folder / site.name, patients=patients, seed=TEST_SEED + number, vendor=vendor)
+        folders.append(folder / site.name)
+    return folders
