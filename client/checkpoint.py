@@ -28,7 +28,7 @@ def content_hash(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, types, shapes and bytes in the order of the names: 64 hex digits."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -36,7 +36,7 @@ def content_hash(arrays: Mapping[str, np.ndarray]) -> str:
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], **notes: str | int) -> str:
     """Write arrays and notes so that they survive a crash at any point. Returns the content hash."""
-    contiguous = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     digest = content_hash(contiguous)
     metadata = {"sha256": digest, "notes": json.dumps(notes, sort_keys=True)}
     path.parent.mkdir(parents=True, exist_ok=True)

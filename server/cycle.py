@@ -107,9 +107,11 @@ class Coordinator:
 
         Returns the certificate, the encrypted sum and the cohort's mean generator loss.
         """
+        missing: dict[str, str] = {s.name: "not there" for s in self.study.sites if s.name not in cohort}
         for attempt in range(1, len(self.study.sites) + 1):
             if len(cohort) < MIN_SITES:
-                what = f"{len(cohort)} of {len(self.study.sites)} hospitals are left in round {number}"
+                why = "; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items()))
+                what = f"{len(cohort)} of {len(self.study.sites)} hospitals are left in round {number} ({why})"
                 raise RunError("RUN_QUORUM", what, "round")
             opened = RoundOpen(
                 study=self.study.hash, round=number, attempt=attempt, cohort=cohort, key_id=self.key_id
@@ -124,6 +126,7 @@ class Coordinator:
                     update = total.add(_accepted(answer))
                 except (FedMedGanError, _NoAnswer) as problem:
                     self._missing(number, attempt, name, problem)
+                    missing[name] = _reason(problem)
                     continue
                 adding += time.perf_counter() - start
                 self.log.write(

@@ -67,6 +67,7 @@ def run(
     """
     from flwr.simulation import run_simulation  # takes seconds to import, and nobody else needs it
 
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # the behaviour that Ray announces, without the announcement
     _log_to(run_folder / "flower.log")
     server_app = ServerApp()
 

@@ -22,6 +22,9 @@ from fedmedgan.client.data.limits import Limits
 from fedmedgan.client.data.outcomes import Outcome
 from fedmedgan.shared.errors import RunError
 
+# Not multiprocessing: it would import the caller's main module again, and answer in pickles.
+# -P: a file called numpy.py in the data folder must not become our numpy.
+_PROGRAM = ("-P", "-m", "fedmedgan.client.data.worker")
 _LONGEST_ANSWER = 1 << 16
 _STARTS_WITHOUT_SUCCESS = 5
 _TRIES = 2
@@ -116,10 +119,8 @@ class WorkerPool:
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = [str(theirs.fileno()), str(self._limits.memory_bytes)]
-            # Not multiprocessing: it would import the caller's main module again, and answer in pickles.
-            # -P: a file called numpy.py in the data folder must not become our numpy.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fedmedgan.client.data.worker", *arguments],
+                [sys.executable, *_PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -1,13 +1,15 @@
 """Are synthetic images of use? Train a classifier on them, test it on real ones (TSTR).
 
-The classifier, its number of steps and its settings are fixed beforehand, and it never sees a real test image before
-the one measurement: no early stopping, no choice among checkpoints, no threshold tuned on the test set. The reference
-"train on real" is the same function with real training images of OTHER patients (`split_patients`).
+The classifier, its number of steps and its settings are fixed beforehand, and it sees no real test image
+before the one measurement: no early stopping, no choice among checkpoints, no threshold tuned on the test
+set. The reference "train on real" is the same function with real training images of OTHER patients
+(`split_patients`).
 
-The result is computed from real patients without noise, so no epsilon covers it. Under a study it stays at the
-hospital unless the hospital decides otherwise; simulations print it because their data are public or drawn.
+The result is computed from real patients without noise, so no epsilon covers it. Under a study it stays at
+the hospital unless the hospital decides otherwise; simulations print it: their data are public or drawn.
 
-Source: Esteban, Hyland, Raetsch, "Real-valued (medical) time series generation with recurrent conditional GANs", 2017.
+Source: Esteban, Hyland, Raetsch, "Real-valued (medical) time series generation with recurrent conditional
+GANs", 2017.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ LARGEST_SIDE = 64
 class Utility:
     """Scores of the classifier on the real test images, one for each seed of the classifier.
 
-    `accuracy` counts correct answers. `auc` is the area under the ROC curve, one class against the rest, averaged over
-    the classes. Deviations are those of a sample, 0 for a single seed. They cover the classifier's seed alone: not the
-    generator's, and not the choice of test patients.
+    `accuracy` counts correct answers. `auc` is the area under the ROC curve, one class against the rest,
+    averaged over the classes. Deviations are those of a sample, 0 for a single seed. They cover the seed of
+    the classifier alone: not the generator's, and not the choice of test patients.
     """
 
     accuracy: float
@@ -130,7 +132,7 @@ def split_patients(
 
     Args:
         patient_N: patient of each image, integers or strings.
-        holdout_fraction: fraction of the PATIENTS to hold out, in (0, 1); rounded, at least one on either side.
+        holdout_fraction: fraction of the PATIENTS to hold out, in (0, 1); at least one stays on either side.
         seed: chooses the patients; independent of the order of the images.
 
     Returns:
@@ -142,7 +144,7 @@ def split_patients(
     patient_N = np.asarray(patient_N)
     patients = np.unique(patient_N)
     if not 0 < holdout_fraction < 1:
-        raise DataError("DATA_EVALUATION", f"a hold-out fraction of {holdout_fraction} is not between 0 and 1")
+        raise DataError("DATA_EVALUATION", f"the hold-out fraction {holdout_fraction} is not between 0 and 1")
     if patient_N.ndim != 1 or len(patients) < 2:
         raise DataError("DATA_EVALUATION", "at least two patients are needed to hold one out")
     count = min(max(round(holdout_fraction * len(patients)), 1), len(patients) - 1)
@@ -152,7 +154,7 @@ def split_patients(
 
 
 class _Classifier(nn.Module):
-    """Three strided convolutions; GroupNorm, so that no statistics of a batch are carried from training to testing."""
+    """Three strided convolutions. GroupNorm: no statistics of training batches are carried to the test."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -219,14 +221,14 @@ def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _on_cpu(values: Any) -> Any:
-    return values.detach().cpu() if isinstance(values, Tensor) else values
+def _as_array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _checked(images: Any, labels: Any, role: str) -> tuple[Tensor, NDArray[np.int64]]:
     """Images as float32, averaged down to at most LARGEST_SIDE, and labels as integers; or a DataError."""
-    images_N1HW = torch.from_numpy(np.array(_on_cpu(images), dtype=np.float32))  # a copy: theirs may be read-only
-    label_N = np.asarray(_on_cpu(labels))
+    images_N1HW = torch.from_numpy(np.array(_as_array(images), dtype=np.float32))
+    label_N = _as_array(labels)
     shape = images_N1HW.shape
     if images_N1HW.ndim != 4 or shape[1] != 1 or min(shape[2:]) < 8:
         raise DataError("DATA_EVALUATION", f"the {role} images have shape {tuple(shape)}, not (N, 1, H, W)")

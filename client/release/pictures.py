@@ -1,7 +1,7 @@
 """Sheets of images for people to look at: a grid of tiles, and grids side by side with captions.
 
-The same images give the same bytes. Nothing is stretched or enhanced from one image to the next: -1 is black and 1 is
-white everywhere, so that two grids can be compared by eye.
+The same images give the same bytes. Nothing is stretched or enhanced from one image to the next: -1 is black
+and 1 is white everywhere, so that two grids can be compared by eye.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def png(picture: Image.Image) -> bytes:
 def _grey(images_N1HW: Any) -> np.ndarray:
     """(N, H, W) bytes of images in [-1, 1]."""
     if isinstance(images_N1HW, Tensor):
-        images_N1HW = images_N1HW.detach().cpu()
+        images_N1HW = images_N1HW.detach().cpu().numpy()
     images = np.asarray(images_N1HW, dtype=np.float32)
     if images.ndim != 4 or images.shape[1] != 1:
         raise ModelError("MODEL_MISMATCH", f"images to draw have shape {images.shape}, not (N, 1, H, W)")
