@@ -71,10 +71,10 @@ def read(path: Path) -> tuple[Arrays, dict[str, str | int]]:
 
 
 def network_arrays(generator: nn.Module, discriminator: nn.Module) -> Arrays:
-    """Weights of both networks, named ``generator.*`` and ``discriminator.*``."""
+    """Copies of the weights of both networks, named ``generator.*`` and ``discriminator.*``."""
     pairs = (("generator", generator), ("discriminator", discriminator))
     return {
-        f"{prefix}.{name}": tensor.detach().cpu().numpy()
+        f"{prefix}.{name}": tensor.detach().cpu().numpy().copy()
         for prefix, network in pairs
         for name, tensor in network.state_dict().items()
     }
@@ -111,7 +111,7 @@ def unflatten(vector_P: np.ndarray, like: Mapping[str, np.ndarray]) -> Arrays:
 def optimizer_arrays(**optimizers: torch.optim.Optimizer) -> Arrays:
     """States of Adam optimisers as arrays, named ``<optimizer>.<parameter index>.<field>``."""
     return {
-        f"{name}.{index}.{field}": torch.as_tensor(value).cpu().numpy()
+        f"{name}.{index}.{field}": torch.as_tensor(value).cpu().numpy().copy()
         for name, optimizer in optimizers.items()
         for index, state in optimizer.state_dict()["state"].items()
         for field, value in state.items()

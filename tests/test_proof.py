@@ -209,24 +209,31 @@ def test_any_change_of_any_slot_is_refused(slots, place, change, sites):
 @given(st.lists(st.sampled_from([0, 1, 2**23, 2**46 - 2**24, PLAIN_MODULUS - 1]), min_size=1, max_size=50))
 @settings(deadline=None, max_examples=50)
 def test_tags_are_what_big_integers_say(body):
-    alphas = proof._coefficients(mac_key(), len(body))
+    alphas = np.concatenate(list(proof._coefficients(mac_key(), len(body))), axis=1)
     assert alphas.shape == (proof.N_TAGS, len(body))
     slow = [sum(int(a) * v for a, v in zip(row, body, strict=True)) % PLAIN_MODULUS for row in alphas]
     assert proof._tags(np.array(body), mac_key()).tolist() == slow
 
 
-def test_tags_do_not_overflow_on_a_long_vector(monkeypatch):
-    n = 1 << 20
-    largest = np.full((proof.N_TAGS, n), 2**16 - 1)
+def test_tags_of_a_long_vector_of_largest_values(monkeypatch):
+    n = 3 * proof.BLOCK + 5
+    largest = [np.full((proof.N_TAGS, size), 2**16 - 1) for size in [proof.BLOCK] * 3 + [5]]
     monkeypatch.setattr(proof, "_coefficients", lambda key, n: largest)
     tags = proof._tags(np.full(n, PLAIN_MODULUS - 1), mac_key())
     assert tags.tolist() == [(2**16 - 1) * (PLAIN_MODULUS - 1) * n % PLAIN_MODULUS] * proof.N_TAGS
-    # At the largest size that is allowed, one limb's sum is still below 2^63.
-    assert (2**16 - 1) * (2**proof._LIMB_BITS - 1) * proof._MAX_SLOTS < 2**63
+
+
+def test_every_slot_of_a_long_vector_counts():
+    n = 2 * proof.BLOCK + 3
+    zero = proof._tags(np.zeros(n, dtype=np.int64), mac_key())
+    for place in (0, proof.BLOCK - 1, proof.BLOCK, 2 * proof.BLOCK, n - 1):
+        body = np.zeros(n, dtype=np.int64)
+        body[place] = 1
+        assert (proof._tags(body, mac_key()) != zero).any()
 
 
 def test_coefficients_are_uniform_16_bit():
-    drawn = proof._coefficients(mac_key(), 100_000)
+    drawn = np.concatenate(list(proof._coefficients(mac_key(), 100_000)), axis=1)
     assert (drawn.min(), drawn.max()) == (0, 2**16 - 1)
     counts = np.bincount(drawn.reshape(-1) >> 8, minlength=256)
     expected = drawn.size / 256

@@ -183,14 +183,14 @@ def _train(images_N1HW: Tensor, target_N: Tensor, classes: int, seed: int) -> _C
         classifier = _Classifier(classes)
     classifier.to_empty(device=images_N1HW.device)
     with torch.no_grad():
-        for layer in classifier.modules():
-            if isinstance(layer, nn.GroupNorm):
-                layer.weight.fill_(1)
-                layer.bias.zero_()
-            elif isinstance(layer, nn.Conv2d | nn.Linear):
-                spread = (2 / layer.weight[0].numel()) ** 0.5  # He initialisation
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * spread)
-                layer.bias.zero_()
+        for name, parameter in classifier.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:  # the scale of a GroupNorm
+                parameter.fill_(1)
+            else:  # He initialisation
+                spread = (2 / parameter[0].numel()) ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
     counts_K = torch.bincount(target_N.cpu(), minlength=classes)
     weight_N = (1 / counts_K.float())[target_N.cpu()]
     optimiser = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)
@@ -199,7 +199,7 @@ def _train(images_N1HW: Tensor, target_N: Tensor, classes: int, seed: int) -> _C
         rows = torch.multinomial(weight_N, BATCH, replacement=True, generator=generator)
         optimiser.zero_grad()
         loss = functional.cross_entropy(classifier(images_N1HW[rows]), target_N[rows])
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         schedule.step()
     return classifier
@@ -207,7 +207,7 @@ def _train(images_N1HW: Tensor, target_N: Tensor, classes: int, seed: int) -> _C
 
 @torch.no_grad()
 def _predict(classifier: _Classifier, images_N1HW: Tensor) -> NDArray[np.float64]:
-    logits = torch.cat([classifier(part) for part in images_N1HW.split(256)])
+    logits = torch.cat([classifier(part) for part in torch.split(images_N1HW, 256)])
     return logits.double().softmax(1).cpu().numpy()
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedmedgan.shared.errors import CryptoError, MessageError, RunError
-from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, Slots
+from fedmedgan.shared.secure_sum.quantize import BLOCK, PLAIN_MODULUS, Slots
 from fedmedgan.shared.study import MIN_SITES
 
 
@@ -68,9 +68,9 @@ def mask(
         if peer not in shared_secrets:
             raise CryptoError("KEY_MISSING", "no shared secret with a site of the cohort", f"site {peer}")
         key = _pair_key(shared_secrets[peer], site_index, peer, cohort, context)
-        stream = uniform_slots(key, slots.size)
         # 46-bit values: 2^17 of them add up in int64 before one reduction is needed.
-        masked += stream if site_index < peer else -stream
+        combine = np.add if site_index < peer else np.subtract
+        combine(masked, uniform_slots(key, slots.size), out=masked)
     masked %= PLAIN_MODULUS
     return masked
 
@@ -90,9 +90,12 @@ def uniform_slots(key: bytes, n: int, modulus: int = PLAIN_MODULUS) -> Slots:
     """
     stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
     bits = (1 << modulus.bit_length()) - 1
-    values = np.frombuffer(stream.update(bytes(8 * n)), dtype="<i8") & bits
-    again = np.flatnonzero(values >= modulus)
-    while again.size:
-        values[again] = np.frombuffer(stream.update(bytes(8 * again.size)), dtype="<i8") & bits
-        again = again[values[again] >= modulus]
+    values = np.empty(n, dtype=np.int64)
+    for start in range(0, n, BLOCK):
+        block = values[start : start + BLOCK]
+        block[:] = np.frombuffer(stream.update(bytes(8 * block.size)), dtype="<i8") & bits
+        again = np.flatnonzero(block >= modulus)
+        while again.size:
+            block[again] = np.frombuffer(stream.update(bytes(8 * again.size)), dtype="<i8") & bits
+            again = again[block[again] >= modulus]
     return values

@@ -13,7 +13,7 @@ is in it, how often and with which weight: the hospitals compare that with what 
 Why forging fails: t is prime and alpha_{r,i} is uniform in [0, 2^16), so for any change of the body that is
 not zero, whatever it is, a given shift of one tag is right with probability at most 2^-16, and of all four at
 most 2^-64. One refusal teaches a forger at most that one guess was wrong. (Four 16-bit tags, not two of 32
-bits: products with a limb of a slot then stay below 2^39, and 2^24 of them sum in 64 bits.) A linear
+bits: products with a limb of a slot then stay below 2^39, and a block of them sums in 64 bits.) A linear
 homomorphic MAC in the sense of Catalano and Fiore (Eurocrypt 2013), degree one, with a one-time key. The
 construction has had no outside review, and it does not bind a hospital: one that gives its key to the server
 can forge (docs/decisions/0003-mac-presence-masks.md).
@@ -21,7 +21,7 @@ can forge (docs/decisions/0003-mac-presence-masks.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -31,13 +31,12 @@ from numpy.typing import NDArray
 
 from fedmedgan.shared.errors import CryptoError
 from fedmedgan.shared.secure_sum.cipher import blobs_for
-from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, REJECTED, Slots, plan_for
+from fedmedgan.shared.secure_sum.quantize import BLOCK, PLAIN_MODULUS, REJECTED, Slots, plan_for
 from fedmedgan.shared.study import Study
 
 N_TAGS = 4
 _LIMB_BITS = 23
 """A slot of 46 bits as two limbs, so that sums of products with 16-bit coefficients are exact in int64."""
-_MAX_SLOTS = 1 << 24
 
 
 def derive_mac_key(root: bytes, study_hash: str, key_id: str, round: int, attempt: int) -> bytes:
@@ -122,15 +121,19 @@ def open_sum(total: Slots, *, n_sites: int, weights: Mapping[int, int], mac_key:
 
 def _tags(body: Slots, mac_key: bytes) -> Slots:
     """The four tags of a body, int64 (4,)."""
-    if body.size > _MAX_SLOTS:
-        raise CryptoError("HE_SHAPE", "a vector of more than 2^24 slots")
-    low, high = body & ((1 << _LIMB_BITS) - 1), body >> _LIMB_BITS
-    tags = [int(a @ low) + (int(a @ high) << _LIMB_BITS) for a in _coefficients(mac_key, body.size)]
+    tags, start = [0] * N_TAGS, 0
+    for coefficients in _coefficients(mac_key, body.size):
+        block = body[start : start + BLOCK]
+        low, high = block & ((1 << _LIMB_BITS) - 1), block >> _LIMB_BITS
+        for r, alpha in enumerate(coefficients):
+            tags[r] += int(alpha @ low) + (int(alpha @ high) << _LIMB_BITS)
+        start += BLOCK
     return np.array([tag % PLAIN_MODULUS for tag in tags], dtype=np.int64)
 
 
-def _coefficients(mac_key: bytes, n: int) -> NDArray[np.int64]:
-    """alpha, int64 (4, n), uniform in [0, 2^16): the AES-256-CTR stream (NIST SP 800-38A) of a key."""
+def _coefficients(mac_key: bytes, n: int) -> Iterator[NDArray[np.int64]]:
+    """alpha in blocks, int64 (4, up to BLOCK), uniform in [0, 2^16): the AES-256-CTR stream of a key."""
     stream = Cipher(algorithms.AES256(mac_key), modes.CTR(bytes(16))).encryptor()
-    drawn = stream.update(bytes(2 * N_TAGS * n))
-    return np.frombuffer(drawn, dtype="<u2").reshape(N_TAGS, n).astype(np.int64)
+    for start in range(0, n, BLOCK):
+        drawn = stream.update(bytes(2 * N_TAGS * min(BLOCK, n - start)))
+        yield np.frombuffer(drawn, dtype="<u2").reshape(N_TAGS, -1).astype(np.int64)

@@ -31,6 +31,9 @@ REJECTED = "the decrypted sum failed its check"
 
 Slots = NDArray[np.int64]
 
+BLOCK = 1 << 15
+"""Long vectors are worked on in blocks that stay in the processor's cache."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -123,15 +126,15 @@ class SlotPlan:
         if not np.isfinite(update).all():
             raise CryptoError("HE_NOT_FINITE", "the update is not finite")
         middle = (self.levels - 1) // 2
-        # float64: in float32 a 16-bit level has 8 bits left for its fraction, and rounding would be biased.
-        scaled = update.astype(np.float64)
-        saturated = int(np.count_nonzero(np.abs(scaled) > self.value_range))
-        scaled *= middle / self.value_range
-        np.clip(scaled, -middle, middle, out=scaled)
-        lower = np.floor(scaled)
-        levels = lower.astype(np.int64)
-        levels += rng.random(self.n_values) < scaled - lower
-        levels += middle
+        levels, saturated = np.empty(self.n_values, dtype=np.int64), 0
+        for start in range(0, self.n_values, BLOCK):
+            # float64: in float32 a 16-bit level has 8 bits left for its fraction, and rounding would be biased.
+            values = update[start : start + BLOCK].astype(np.float64)
+            saturated += int(np.count_nonzero(np.abs(values) > self.value_range))
+            scaled = np.clip(values * (middle / self.value_range), -middle, middle)
+            lower = np.floor(scaled)
+            up = rng.random(values.size) < scaled - lower
+            levels[start : start + BLOCK] = lower + (up + middle)
         return Quantized(levels, saturated)
 
     def pack(self, levels: NDArray[np.int64], weight: int) -> Slots:
