@@ -171,7 +171,7 @@ class RunWriter:
             attempt=attempt,
             cohort=cohort,
             bytes_down=820_406,
-            seconds={"local": 4.1 + 0.05 * (number % 3), "aggregation": 0.021 + 0.002 * (number % 2)},
+            seconds={"local": 4.1 + 0.06 * (number % 3), "aggregation": 0.021 + 0.002 * (number % 2)},
         )
         if not apply:
             return

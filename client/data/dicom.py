@@ -124,10 +124,9 @@ def read_bytes(path: str | os.PathLike[str], limits: Limits) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise DataError("DATA_UNSAFE_PATH", "not a regular file")
-            data = b"" if status.st_size > limits.file_bytes else file.read(limits.file_bytes + 1)
-            if max(status.st_size, len(data)) > limits.file_bytes:
+            if status.st_size > limits.file_bytes:
                 raise DataError("DICOM_TOO_LARGE", f"the file is larger than {limits.file_bytes >> 20} MiB")
-            return data
+            return file.read(status.st_size)
     except OSError as error:
         raise DataError("DATA_PATH", f"the file cannot be read ({error.strerror})") from None
 

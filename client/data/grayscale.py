@@ -25,7 +25,7 @@ from fedmedgan.shared.errors import DataError
 _LUT_DESCRIPTOR, _LUT_DATA = 0x00283002, 0x00283006
 
 Transform = Callable[[np.ndarray], np.ndarray]
-"""Values (H, W) to values (H, W), float64."""
+"""Values (H, W) to values (H, W), floats."""
 
 
 def to_images(image: DicomImage, size: int, most: int) -> np.ndarray:
@@ -67,7 +67,8 @@ def to_image(image: DicomImage, size: int, index: int = 0) -> np.ndarray:
     if not np.isfinite(stored).all() or stored.min() == stored.max():
         raise _no_information()
     padding = _padding(stored, header)
-    values = _modality(header)(stored.astype(np.float64))
+    # 16 bits fit into float32 without rounding; large radiographs then need half the memory.
+    values = _modality(header)(stored.astype(np.float32 if stored.dtype.itemsize <= 2 else np.float64))
     voi = _voi(header)
     shown = voi(values) if voi else _full_range(values, padding)
     if _inverted(image):
@@ -76,7 +77,7 @@ def to_image(image: DicomImage, size: int, index: int = 0) -> np.ndarray:
         shown[padding] = 0.0
     if not np.isfinite(shown).all() or shown.min() == shown.max():
         raise _no_information()
-    return _square(shown.astype(np.float32), size)
+    return _square(shown.astype(np.float32, copy=False), size)
 
 
 def _no_information() -> DataError:
@@ -142,7 +143,7 @@ def _window(values: np.ndarray, center: float, width: float, function: str) -> n
     if function == "LINEAR_EXACT":
         return np.clip((values - center) / width + 0.5, 0.0, 1.0)
     if width == 1:
-        return (values > center - 0.5).astype(np.float64)
+        return (values > center - 0.5).astype(values.dtype)
     return np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
 
 

@@ -42,7 +42,7 @@ def read(folder: Path) -> bytes | None:
                 raise _bad("is not a regular file")
             if status.st_size > MAX_BYTES:
                 raise _bad(f"is larger than {MAX_BYTES >> 20} MiB")
-            return file.read(MAX_BYTES)
+            return file.read(status.st_size)
     except OSError as error:
         raise _bad(f"cannot be read ({error.strerror})") from None
 

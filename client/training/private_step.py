@@ -135,10 +135,11 @@ def refuse_unsafe(network: nn.Module) -> None:
         raise ModelError("MODEL_MISMATCH", "the network has no weights to train", type(network).__name__)
     problems = [str(e).splitlines()[0] for e in ModuleValidator.validate(network, strict=False)]
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._NormBase) and not isinstance(
-            layer, nn.modules.instancenorm._InstanceNorm
-        ):
-            problems.append(f"{name} is a BatchNorm: it mixes patients")
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            if layer.track_running_stats:
+                problems.append(f"{name} keeps running statistics of patients")
+            elif not isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+                problems.append(f"{name} is a BatchNorm: it mixes patients")
         if isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode != "zeros":
             problems.append(f"{name} pads with {layer.padding_mode!r}: put a padding layer before it")
     if problems:

@@ -105,8 +105,8 @@ def statement(epsilon: float, delta: float) -> str:
     """The promise in one sentence: an epsilon is never shown without its unit, adjacency and sampling."""
     return (
         f"({epsilon:.3g}, {delta:.3g})-differential privacy at this hospital; unit: one patient with all "
-        "images and labels; adjacency: add or remove one patient (replacing one costs more); sampling: Poisson, by "
-        "patient. A patient known to several hospitals pays the sum."
+        "images and labels; adjacency: add or remove one patient (replacing costs more); sampling: Poisson, "
+        "by patient. A patient known to several hospitals pays the sum."
     )
 
 
