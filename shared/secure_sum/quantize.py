@@ -128,7 +128,7 @@ class SlotPlan:
         middle = (self.levels - 1) // 2
         levels, saturated = np.empty(self.n_values, dtype=np.int64), 0
         for start in range(0, self.n_values, BLOCK):
-            # float64: in float32 a 16-bit level has 8 bits left for its fraction, and rounding would be biased.
+            # float64: in float32 a 16-bit level has 8 bits left for its fraction, which would bias rounding.
             values = update[start : start + BLOCK].astype(np.float64)
             saturated += int(np.count_nonzero(np.abs(values) > self.value_range))
             scaled = np.clip(values * (middle / self.value_range), -middle, middle)
