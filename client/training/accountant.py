@@ -13,11 +13,11 @@ from types import MappingProxyType
 
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.accounting import (
-    HOPELESS_EPSILON,
     Accountant,
     accountant_error,
     epsilon_pld,
     epsilon_rdp,
+    is_hopeless,
 )
 from fedmedgan.shared.privacy.events import TrainingSteps, check_delta, merge
 
@@ -46,9 +46,8 @@ def epsilon_prv(events: Iterable[TrainingSteps], delta: float) -> float:
 
 @lru_cache(maxsize=1024)
 def _epsilon_prv(events: tuple[TrainingSteps, ...], delta: float) -> float:
-    bound = epsilon_rdp(events, delta)
-    if not events or bound > HOPELESS_EPSILON:
-        return bound
+    if not events or is_hopeless(events, delta):
+        return epsilon_rdp(events, delta)
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()

@@ -34,7 +34,8 @@ from fedmedgan.shared.privacy.events import (
 Accountant = Callable[[Iterable[TrainingSteps], float], float]
 
 HOPELESS_EPSILON = 300.0
-"""Where RDP says more than this, the finer accountants return RDP's bound: their grids are too large."""
+"""Where RDP says more than this, PLD and PRV return RDP's bound: their own grids are too large."""
+_FEW_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def epsilon_pld(events: Iterable[TrainingSteps], delta: float) -> float:
@@ -65,6 +66,11 @@ def epsilon_rdp(events: Iterable[TrainingSteps], delta: float) -> float:
     Cases and errors as `epsilon_pld`.
     """
     return _epsilon_rdp(tuple(merge(events)), check_delta(delta))
+
+
+def is_hopeless(events: Iterable[TrainingSteps], delta: float) -> bool:
+    """Whether RDP's bound exceeds `HOPELESS_EPSILON`; mostly known in milliseconds, from a few orders."""
+    return _rough_bound(events, delta) > HOPELESS_EPSILON and epsilon_rdp(events, delta) > HOPELESS_EPSILON
 
 
 def accountant_error(epsilon: float, steps: int) -> float:
@@ -113,20 +119,18 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
         return accountant([TrainingSteps(thousandths / 1000, sampling_rate, steps)], delta) <= target
 
     least, most = round(MIN_NOISE * 1000), round(MAX_NOISE * 1000)
-    if enough(least):
-        return least / 1000
-    # RDP never says less than PLD but is ten times faster: its answer is where the search from above begins.
-    enough_by_rdp = _smallest(lambda k: enough(k, epsilon_rdp), least, most)
-    high = enough_by_rdp if enough(enough_by_rdp) else most
+    # The rough bound is never below PLD and is far faster: where it is content, the search begins, downwards.
+    high = _smallest(lambda thousandths: enough(thousandths, _rough_bound), least - 1, most)
     if not enough(high):
         raise PrivacyError(
             "PRIVACY_RANGE", f"even noise {MAX_NOISE:g} does not keep epsilon {epsilon}", "epsilon"
         )
     stride = max(1, high // 32)
-    low = max(least, high - stride)
-    while low > least and enough(low):
+    low = high - stride
+    while low >= least and enough(low):
         high, stride = low, 2 * stride
-        low = max(least, high - stride)
+        low = high - stride
+    low = max(low, least - 1)
     return _smallest(enough, low, high) / 1000
 
 
@@ -135,6 +139,11 @@ def epsilon_after_rounds(
 ) -> list[tuple[int, float]]:
     """The curve of a study: (k, epsilon after k rounds) for each k of `rounds`. Raises PRIVACY_RANGE."""
     return [(k, accountant([one_round.with_steps(k * one_round.steps)], delta)) for k in rounds]
+
+
+def _rough_bound(events: Iterable[TrainingSteps], delta: float) -> float:
+    """Epsilon by RDP at a few whole orders: never below RDP's answer, and found in milliseconds."""
+    return _epsilon_rdp(tuple(merge(events)), check_delta(delta), _FEW_ORDERS)
 
 
 def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
@@ -147,9 +156,8 @@ def _smallest(enough: Callable[[int], bool], low: int, high: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _epsilon_pld(events: tuple[TrainingSteps, ...], delta: float) -> float:
-    bound = _epsilon_rdp(events, delta)
-    if not events or bound > HOPELESS_EPSILON:
-        return bound
+    if not events or is_hopeless(events, delta):
+        return epsilon_rdp(events, delta)
     accountant = PLDAccountant(
         neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
         value_discretization_interval=_interval(events),
@@ -158,10 +166,12 @@ def _epsilon_pld(events: tuple[TrainingSteps, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_rdp(events: tuple[TrainingSteps, ...], delta: float) -> float:
+def _epsilon_rdp(
+    events: tuple[TrainingSteps, ...], delta: float, orders: tuple[int, ...] | None = None
+) -> float:
     if not events:
         return 0.0
-    accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = RdpAccountant(orders, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     with _quiet():
         return _compose(accountant, events, delta)
 
