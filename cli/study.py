@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -17,19 +16,15 @@ from fedmedgan.shared.privacy.accounting import calibrate_noise, epsilon_pld
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.secure_sum.cipher import max_frame_bytes
 from fedmedgan.shared.secure_sum.proof import update_blobs
-from fedmedgan.shared.study import Study, load, parse
+from fedmedgan.shared.study import Study, load
+from fedmedgan.simulations import DEFAULT_STUDY
 
 app = typer.Typer(help="The agreement: write, check, show.", no_args_is_help=True)
 
 
-def example() -> str:
-    """The commented example, which is also what `fedmedgan simulate` runs by default."""
-    return files("fedmedgan.simulations").joinpath("study.toml").read_text(encoding="utf-8")
-
-
 def read_study(path: Path | None) -> Study:
     """A study from a file, or the example."""
-    return load(path) if path else parse(example(), "built-in example")
+    return load(path or DEFAULT_STUDY)
 
 
 @app.command()
@@ -38,7 +33,7 @@ def new(path: Annotated[Path, typer.Argument(help="File to write; must not exist
     if path.exists():
         raise RunError("RUN_PATH", "the file exists already", str(path), hint="choose another name")
     try:
-        path.write_text(example(), encoding="utf-8")
+        shutil.copyfile(DEFAULT_STUDY, path)
     except OSError as error:
         raise RunError("RUN_PATH", f"cannot be written ({error.strerror})", str(path)) from None
     output.emit({"path": str(path)}, lambda console: console.print(f"wrote {path}", soft_wrap=True))

@@ -160,22 +160,23 @@ class Hospital:
         random = self._random(round)
         t, rate = self.study.training, self.study.sampling_rate(self.site)
         planned = TrainingSteps(self.sigma, rate, t.local_steps)
-        with Ledger(self.home / "ledger.jsonl", self.site.name) as ledger:
-            with self._budget(ledger).reserve(round, planned) as reservation:
-                began = time.perf_counter()
-                sampler = PatientSampler(patients, rate, random)
-                losses, update_P = self._train_networks(sampler, random)
-                trained = time.perf_counter()
-                quantized = self.plan.quantize(update_P, self._rounding(round))
-                checkpoint.write(
-                    self._update_file,
-                    {"levels": quantized.levels.astype(np.uint16), "generator_loss": np.array(losses.generator)},
-                    round=round,
-                    study=self.study.hash,
-                    model_hash=self.model_hash,
-                    saturated=quantized.saturated,
-                )
-                reservation.charge(t.local_steps, noise_source=random.name)
+        with (
+            Ledger(self.home / "ledger.jsonl", self.site.name) as ledger,
+            self._budget(ledger).reserve(round, planned) as reservation,
+        ):
+            began = time.perf_counter()
+            losses, update_P = self._train_networks(PatientSampler(patients, rate, random), random)
+            trained = time.perf_counter()
+            quantized = self.plan.quantize(update_P, self._rounding(round))
+            checkpoint.write(
+                self._update_file,
+                {"levels": quantized.levels.astype(np.uint16), "generator_loss": np.array(losses.generator)},
+                round=round,
+                study=self.study.hash,
+                model_hash=self.model_hash,
+                saturated=quantized.saturated,
+            )
+            reservation.charge(t.local_steps, noise_source=random.name)
         self.log.write(
             "trained",
             round=round,

@@ -18,11 +18,10 @@ from fedmedgan.client import app as client
 from fedmedgan.server.app import load_study
 from fedmedgan.server.cycle import Coordinator
 from fedmedgan.shared.errors import RunError
+from fedmedgan.shared.eventlog import EventLog
 from fedmedgan.shared.messages import Envelope, RoundOpen, parse
 from fedmedgan.shared.study import Study, load
-from fedmedgan.simulations import consortium, report
-
-DEFAULT_STUDY = Path(__file__).with_name("study.toml")
+from fedmedgan.simulations import DEFAULT_STUDY, consortium, report
 
 
 def client_app_for(
@@ -35,18 +34,26 @@ def client_app_for(
     """
     names = [site.name for site in study.sites]
 
-    def home(context: Context) -> Path:
-        return consortium.home_of(run_folder, names[int(context.node_config["partition-id"])])
+    def site_of(context: Context) -> str:
+        return names[int(context.node_config["partition-id"])]
 
-    def dropping(message: Message, context: Context, call_next: Callable) -> Message:
+    def placed(message: Message, context: Context, call_next: Callable) -> Message:
+        """Note which Ray node answers for which hospital, and die where the simulation was told to."""
         envelope = Envelope.from_record(message.content, client.MAX_PAYLOAD_BYTES)
         if envelope.kind == RoundOpen.__name__:
-            opened = parse(envelope.header, RoundOpen)
-            if (names[int(context.node_config["partition-id"])], opened.round) in drops:
+            import ray
+
+            site, number = site_of(context), parse(envelope.header, RoundOpen).round
+            node = ray.get_runtime_context().get_node_id()
+            EventLog(run_folder / "placement.jsonl").write("placed", site=site, round=number, node=node)
+            if (site, number) in drops:
                 raise RuntimeError("dropped, as the simulation was told")
         return call_next(message, context)
 
-    return client.make_app(home, insecure_seed=insecure_seed, mods=[dropping] if drops else [])
+    def home(context: Context) -> Path:
+        return consortium.home_of(run_folder, site_of(context))
+
+    return client.make_app(home, insecure_seed=insecure_seed, mods=[placed])
 
 
 def run(

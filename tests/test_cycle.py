@@ -34,7 +34,7 @@ def through_the_wire(envelope: Envelope) -> Envelope:
 
 
 def collect(prepared, opened: RoundOpen) -> tuple[RoundSum, list[Envelope]]:
-    folder, study = prepared
+    _, study = prepared
     members = [h for h in hospitals(prepared) if h.site.name in opened.cohort]
     updates = [through_the_wire(h.local_update(opened)) for h in members]
     total = RoundSum(study, opened, update_blobs(study, members[0].plan.n_values))
@@ -44,7 +44,7 @@ def collect(prepared, opened: RoundOpen) -> tuple[RoundSum, list[Envelope]]:
 
 
 def test_two_rounds_end_with_the_same_model_everywhere_and_the_mean_is_exact(prepared):
-    folder, study = prepared
+    _, study = prepared
     for number in (1, 2):
         before = hospitals(prepared)
         opened = open_round(study, number, key_id=before[0].key_id)
@@ -64,7 +64,7 @@ def test_two_rounds_end_with_the_same_model_everywhere_and_the_mean_is_exact(pre
 
 
 def test_a_dropout_is_left_out_without_a_second_charge_and_comes_back_with_the_right_model(prepared):
-    folder, study = prepared
+    _, study = prepared
     key_id = hospitals(prepared)[0].key_id
     everyone = [s.name for s in study.sites]
     opened = open_round(study, 1, key_id=key_id)
@@ -83,7 +83,7 @@ def test_a_dropout_is_left_out_without_a_second_charge_and_comes_back_with_the_r
 
 def test_a_masked_update_alone_tells_a_holder_of_the_key_nothing(prepared):
     """The server together with one hospital decrypts one upload: only uniform slots come out."""
-    folder, study = prepared
+    _, study = prepared
     hospital = hospitals(prepared)[0]
     opened = open_round(study, 1, key_id=hospital.key_id)
     envelope = hospital.local_update(opened)
@@ -105,7 +105,7 @@ def test_a_masked_update_alone_tells_a_holder_of_the_key_nothing(prepared):
 
 
 def test_a_second_attempt_for_a_larger_or_other_cohort_is_refused(prepared):
-    folder, study = prepared
+    _, study = prepared
     names = [s.name for s in study.sites]
     first = hospitals(prepared)[0]
     first.local_update(open_round(study, 1, names[:3], key_id=first.key_id))
@@ -116,7 +116,7 @@ def test_a_second_attempt_for_a_larger_or_other_cohort_is_refused(prepared):
 
 
 def test_the_same_attempt_is_answered_again_without_training_or_charge(prepared):
-    folder, study = prepared
+    _, study = prepared
     first = hospitals(prepared)[0]
     opened = open_round(study, 1, key_id=first.key_id)
     first.local_update(opened)
@@ -138,7 +138,7 @@ def test_the_same_attempt_is_answered_again_without_training_or_charge(prepared)
     ],
 )
 def test_a_hospital_refuses_a_round_that_does_not_fit_its_own_state(prepared, change, code):
-    folder, study = prepared
+    _, study = prepared
     hospital = hospitals(prepared)[0]
     opened = open_round(study, 1, key_id=hospital.key_id).model_copy(update=change)
     with pytest.raises(MessageError) as caught:
@@ -162,7 +162,7 @@ def test_a_spent_budget_refuses_the_round_before_it_starts(prepared):
 
 
 def test_a_crash_while_training_spends_the_reservation(prepared, monkeypatch):
-    folder, study = prepared
+    _, study = prepared
     hospital = hospitals(prepared)[0]
     monkeypatch.setattr(Hospital, "_train_networks", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -192,7 +192,7 @@ MANIPULATIONS = {
 
 @pytest.mark.parametrize("name", MANIPULATIONS)
 def test_a_manipulated_sum_is_refused_and_the_model_stays(prepared, name):
-    folder, study = prepared
+    _, study = prepared
     key_id = hospitals(prepared)[0].key_id
     total, updates = collect(prepared, open_round(study, 1, key_id=key_id))
     certificate, payload = total.certify()
@@ -208,7 +208,7 @@ def test_a_manipulated_sum_is_refused_and_the_model_stays(prepared, name):
 
 def test_a_server_that_leaves_a_hospital_out_but_certifies_it_is_caught_by_the_proof(prepared):
     """Frame and hashes are right here, as a malicious server would make them: only the MAC and presence slots differ."""
-    folder, study = prepared
+    _, study = prepared
     key_id = hospitals(prepared)[0].key_id
     total, updates = collect(prepared, open_round(study, 1, key_id=key_id))
     honest, _ = total.certify()
@@ -224,7 +224,7 @@ def test_a_server_that_leaves_a_hospital_out_but_certifies_it_is_caught_by_the_p
 
 
 def test_the_server_refuses_what_is_not_an_update_of_this_round(prepared):
-    folder, study = prepared
+    _, study = prepared
     key_id = hospitals(prepared)[0].key_id
     opened = open_round(study, 1, key_id=key_id)
     total, updates = collect(prepared, opened)
@@ -260,7 +260,8 @@ def test_a_certificate_is_checked_word_by_word(prepared):
     certificate, payload = total.certify()
     fewer = certificate.model_copy(update={"updates": certificate.updates[:3]})
     twice = certificate.model_copy(update={"updates": (certificate.updates[0], *certificate.updates[:3])})
-    forged = certificate.updates[0].model_copy(update={"header": certificate.updates[0].header.replace('"weight":1', '"weight":3')})
+    header = certificate.updates[0].header.replace('"weight":1', '"weight":3')
+    forged = certificate.updates[0].model_copy(update={"header": header})
     wrong = certificate.model_copy(update={"updates": (forged, *certificate.updates[1:])})
     for bad in (fewer, twice, wrong, certificate.model_copy(update={"attempt": 2})):
         with pytest.raises((MessageError, CryptoError)):

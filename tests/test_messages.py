@@ -46,8 +46,8 @@ def test_what_leaves_a_hospital_is_exactly_this():
     assert fields == {
         "Present": ["applied_round", "hospital", "key_id", "model_hash", "parameters"],
         "Update": sorted(
-            ["round", "attempt", "cohort", "key_id", "hospital", "weight", "model_hash", "payload_bytes"]
-            + ["payload_sha256", "ledger_seq", "ledger_head", "generator_loss"]
+            ["round", "attempt", "cohort", "key_id", "hospital", "weight", "model_hash", "payload_bytes", "payload_sha256"]
+            + ["ledger_seq", "ledger_head", "generator_loss"]
         ),
         "Applied": ["hospital", "model_hash", "round"],
         "Refusal": ["code", "hospital"],

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedmedgan.client.release.pictures import GAP, GAP_GREY, film_strip, grid, png
+from fedmedgan.client.release.pictures import GAP, GAP_GREY, by_class, film_strip, grid, png
 from fedmedgan.shared.errors import ModelError
 
 
@@ -87,3 +87,11 @@ def test_film_strip_holds_every_grid_and_its_caption():
 
 def test_film_strip_of_nothing():
     assert film_strip([]).size == (1, 1)
+
+
+def test_by_class_is_one_row_a_class_and_black_where_a_class_has_too_few():
+    images = np.array([0.2, -0.2, 0.4], dtype=np.float32).reshape(3, 1, 1, 1) * np.ones((1, 1, 4, 4), np.float32)
+    picture = by_class(images, np.array([1, 0, 1]), classes=3, columns=2)
+    black = np.full((1, 1, 4, 4), -1, np.float32)
+    rows = [images[1:2], black, images[0:1], images[2:3], black, black]
+    assert png(picture) == png(grid(np.concatenate(rows), 2))

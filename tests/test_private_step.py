@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.training.private_step import PrivateStep, refuse_unsafe
@@ -50,7 +50,7 @@ def one_by_one(network: nn.Module, images, labels, is_real, clip_norm: float = C
     for i in range(len(images)):
         network.zero_grad()
         logit = network(images[i : i + 1], labels[i : i + 1])
-        F.binary_cross_entropy_with_logits(logit, is_real[i : i + 1]).backward()
+        functional.binary_cross_entropy_with_logits(logit, is_real[i : i + 1]).backward()
         row = torch.cat([p.grad.flatten() for p in network.parameters()]).double()
         total += row * min(1.0, clip_norm / (float(row.norm()) + 1e-12))
     return total
@@ -71,7 +71,12 @@ def discriminator(size: int = 28, norm: str = "group", scale: float = 4.0) -> nn
 
 
 @settings(max_examples=12, deadline=None)
-@given(n=st.integers(0, 5), size=st.sampled_from([28, 32]), norm=st.sampled_from(["group", "none"]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(0, 5),
+    size=st.sampled_from([28, 32]),
+    norm=st.sampled_from(["group", "none"]),
+    seed=st.integers(0, 99),
+)
 def test_the_sum_equals_a_loop_over_single_rows(n, size, norm, seed):
     network, rows = discriminator(size, norm), batch(n, size, seed)
     torch.testing.assert_close(clipped_sum(network, *rows), one_by_one(network, *rows), rtol=1e-4, atol=2e-5)
@@ -148,7 +153,7 @@ def test_the_sensitivity_test_would_catch_a_batchnorm_that_slipped_through(monke
             self.head = nn.Linear(8 * 14 * 14, 1)
 
         def forward(self, images, labels):
-            return self.head(F.leaky_relu(self.norm(self.conv(images)), 0.2).flatten(1)).squeeze(1)
+            return self.head(functional.leaky_relu(self.norm(self.conv(images)), 0.2).flatten(1)).squeeze(1)
 
     network, (images, labels, is_real) = Coupled(), batch(8)
     images[0] *= 50
@@ -187,9 +192,8 @@ def test_two_steps_never_share_noise():
 
 def test_a_frozen_network_gets_no_gradients_and_learns_again_afterwards():
     network, rows = discriminator(), batch(4)
-    step = PrivateStep(
-        network, torch.optim.SGD(network.parameters(), lr=0.1), noise_multiplier=1.0, clip_norm=C, divisor=4, random=NoNoise()
-    )
+    sgd = torch.optim.SGD(network.parameters(), lr=0.1)
+    step = PrivateStep(network, sgd, noise_multiplier=1.0, clip_norm=C, divisor=4, random=NoNoise())
     leaf = rows[0].clone().requires_grad_(True)
     with step.frozen() as frozen:
         frozen(leaf, rows[1]).sum().backward()

@@ -42,11 +42,11 @@ _PROBLEMS = {
 class PatientImages:
     """The training images of one hospital, in memory."""
 
-    images_N1HW: np.ndarray  # noqa: N815
+    images_N1HW: np.ndarray
     """float16 (N, 1, S, S) in [-1, 1]."""
-    labels_N: np.ndarray  # noqa: N815
+    labels_N: np.ndarray
     """int64 (N,), place in the study's classes."""
-    patient_N: np.ndarray  # noqa: N815
+    patient_N: np.ndarray
     """int64 (N,), 0..n_patients-1 in the order of first appearance."""
     n_patients: int
     report: FolderReport

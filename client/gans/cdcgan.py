@@ -9,9 +9,11 @@ Only the discriminator sees private images. A private record is one patient's im
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedmedgan.shared.study import Gan, Images
 
@@ -44,7 +46,7 @@ class Generator(nn.Module):
         self.upsample = nn.Sequential(*blocks)
 
     def forward(self, latent_NZ: Tensor, labels_N: Tensor) -> Tensor:
-        one_hot = F.one_hot(labels_N, self.classes).to(latent_NZ.dtype)
+        one_hot = functional.one_hot(labels_N, self.classes).to(latent_NZ.dtype)
         coarse = self.project(torch.cat([latent_NZ, one_hot], dim=1))
         return self.upsample(coarse.view(-1, self.coarse, self.base, self.base))
 
@@ -56,7 +58,7 @@ class Discriminator(nn.Module):
         super().__init__()
         base, channels = _shape(images, gan)
         blocks: list[nn.Module] = [nn.Conv2d(1, channels[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for narrow, wide in zip(channels[:-1], channels[1:], strict=True):
+        for narrow, wide in pairwise(channels):
             blocks += [nn.Conv2d(narrow, wide, 4, 2, 1), _norm(gan, wide), nn.LeakyReLU(0.2)]
         self.features = nn.Sequential(*blocks)
         self.heads = nn.Conv2d(channels[-1], len(images.classes), base)
@@ -75,9 +77,9 @@ def build(images: Images, gan: Gan) -> tuple[Generator, Discriminator]:
 
 def discriminator_losses(logits_N: Tensor, is_real_N: Tensor) -> Tensor:
     """Loss of each row by itself (N,): binary cross-entropy (Goodfellow et al. 2014)."""
-    return F.binary_cross_entropy_with_logits(logits_N, is_real_N, reduction="none")
+    return functional.binary_cross_entropy_with_logits(logits_N, is_real_N, reduction="none")
 
 
 def generator_loss(fake_logits_N: Tensor) -> Tensor:
     """Non-saturating loss (Goodfellow et al. 2014), a scalar: generated images only."""
-    return F.softplus(-fake_logits_N).mean()
+    return functional.softplus(-fake_logits_N).mean()
