@@ -23,7 +23,7 @@ def simulate(
         typer.Option(help="site=FOLDER with that site's DICOM files; sites without one get phantoms."),
     ] = None,
     test: Annotated[
-        list[Path] | None, typer.Option(help="Folder of labelled DICOM of other patients, to judge synthetic images by.")
+        list[Path] | None, typer.Option(help="Folder of labelled DICOM of other patients, to judge images by.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty; default runs/NAME-TIME.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Instead of the study's number of rounds.")] = None,

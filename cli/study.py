@@ -64,7 +64,7 @@ def check(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
             f" {study.training.rounds} rounds of {study.training.local_steps} private steps",
             soft_wrap=True,
         )
-        table = Table("site", "patients", "weight", "sampling rate", "noise multiplier", "epsilon, round 1", "epsilon, all")
+        table = Table("site", "patients", "weight", "rate q", "noise sigma", "epsilon, round 1", "epsilon, all")
         for row in cost["sites"]:
             table.add_row(
                 row["name"],
@@ -76,10 +76,10 @@ def check(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
                 f"{row['epsilon_by_round'][-1]:.2f} of {study.privacy.epsilon:g}",
             )
         console.print(table)
+        up, down, plain = (cost[f"bytes_{way}"] / 1e6 for way in ("up", "down", "float32"))
         console.print(
-            f"model: {cost['parameters']:,} parameters; a round sends {cost['bytes_up'] / 1e6:.2f} MB up and"
-            f" {cost['bytes_down'] / 1e6:.2f} MB down per hospital (plaintext float32: {cost['bytes_float32'] / 1e6:.2f} MB"
-            " each way)",
+            f"model: {cost['parameters']:,} parameters; a round sends {up:.2f} MB up and {down:.2f} MB down per"
+            f" hospital (plaintext float32: {plain:.2f} MB each way)",
             soft_wrap=True,
         )
         minutes = cost["seconds_training"] / 60

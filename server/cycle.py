@@ -225,7 +225,8 @@ class Coordinator:
         """A hospital has shown, by its signature, that it is behind this node."""
         if present.hospital in self.nodes:
             raise MessageError("MSG_SENDER", f"{present.hospital} is behind two nodes", "Present")
-        if (present.key_id, present.parameters) != (self.key_id or present.key_id, self.parameters or present.parameters):
+        holds = (present.key_id, present.parameters)
+        if holds != ((self.key_id, self.parameters) if self.key_id else holds):
             raise MessageError("MSG_KEY", f"{present.hospital} holds another key or network", "Present")
         self._same_model(present.hospital, present.applied_round, present.model_hash)
         self.key_id, self.parameters = present.key_id, present.parameters

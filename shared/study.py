@@ -80,7 +80,7 @@ class Training(_Part):
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 30
     """Private discriminator steps a round."""
     patients_per_step: Annotated[int, Field(ge=1, le=100_000)] = 16
-    """Expected number of patients in one Poisson batch; also the fixed number of fakes, and what sums are divided by."""
+    """Expected patients in one Poisson batch; also the fixed number of fakes, and what sums are divided by."""
     discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 2
     """Discriminator steps for each generator step."""
     discriminator_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4

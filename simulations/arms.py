@@ -150,6 +150,6 @@ def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folders: Se
 
 
 def _train_on_real(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> dict[str, Any]:
-    """The same classifier, trained on the hospitals' own images together: what no synthetic set can be asked to beat."""
+    """The same classifier, trained on the hospitals' own images together: a ceiling for synthetic ones."""
     sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
     return _tstr(study, *_pooled(sets), test_folders)

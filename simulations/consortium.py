@@ -88,7 +88,8 @@ def read_data(run_folder: Path, study: Study) -> None:
 
 def _with_keys(study: Study, identities: Mapping[str, keys.HospitalKeys]) -> Study:
     if any(site.signing_key or site.exchange_key for site in study.sites):
-        raise StudyError("STUDY_KEYS", "a simulation makes its own keys", "sites", hint="leave the keys out of the study")
+        hint = "leave the keys out of the study"
+        raise StudyError("STUDY_KEYS", "a simulation makes its own keys", "sites", hint=hint)
     sites = tuple(
         site.model_copy(
             update={

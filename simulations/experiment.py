@@ -36,12 +36,9 @@ class Finished:
 
     def lines(self) -> list[str]:
         spent = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in self.run.final_epsilon.items())
-        privacy = self.run.study.privacy
-        return [
-            f"{self.run.rounds_done} rounds; epsilon {spent} of {privacy.epsilon:g} at delta {privacy.delta:g},"
-            " per patient, add/remove",
-            f"report: {self.report}",
-        ]
+        privacy, rounds = self.run.study.privacy, self.run.rounds_done
+        promise = f"of {privacy.epsilon:g} at delta {privacy.delta:g}, per patient, add/remove"
+        return [f"{rounds} rounds; epsilon {spent} {promise}", f"report: {self.report}"]
 
 
 def run(

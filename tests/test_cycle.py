@@ -207,7 +207,7 @@ def test_a_manipulated_sum_is_refused_and_the_model_stays(prepared, name):
 
 
 def test_a_server_that_leaves_a_hospital_out_but_certifies_it_is_caught_by_the_proof(prepared):
-    """Frame and hashes are right here, as a malicious server would make them: only the MAC and presence slots differ."""
+    """Frame and hashes are right here, as a malicious server would make them: only MAC and presence differ."""
     _, study = prepared
     key_id = hospitals(prepared)[0].key_id
     total, updates = collect(prepared, open_round(study, 1, key_id=key_id))

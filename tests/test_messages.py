@@ -45,10 +45,10 @@ def test_what_leaves_a_hospital_is_exactly_this():
     fields = {m.__name__: sorted(set(m.model_fields) - {"v", "study"}) for m in (Present, Update, Applied, Refusal)}
     assert fields == {
         "Present": ["applied_round", "hospital", "key_id", "model_hash", "parameters"],
-        "Update": sorted(
-            ["round", "attempt", "cohort", "key_id", "hospital", "weight", "model_hash", "payload_bytes", "payload_sha256"]
-            + ["ledger_seq", "ledger_head", "generator_loss"]
-        ),
+        "Update": [
+            *("attempt", "cohort", "generator_loss", "hospital", "key_id", "ledger_head", "ledger_seq"),
+            *("model_hash", "payload_bytes", "payload_sha256", "round", "weight"),
+        ],
         "Applied": ["hospital", "model_hash", "round"],
         "Refusal": ["code", "hospital"],
     }

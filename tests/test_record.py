@@ -198,7 +198,7 @@ class RunWriter:
             (self.folder / "hospitals" / site / "real.png").write_bytes(picture(self.study, 1.0, seed=20 + i))
         (self.folder / "arms").mkdir()
         delta = self.study.privacy.delta
-        rows = [("federated", "together, private (this run)", True, 7.95, 0.90, 0.86)]
+        rows: list[tuple[Any, ...]] = [("federated", "together, private (this run)", True, 7.95, 0.90, 0.86)]
         for i, site in enumerate(SITES):
             rows.append((f"alone-{site}", f"{site} alone, private", True, 7.9, 0.45, 0.68 - 0.02 * i))
         rows += [("no-privacy", "together, without privacy", False, None, 0.97, 0.93)]

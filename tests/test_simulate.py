@@ -92,7 +92,8 @@ def test_the_dropout_was_left_out_uncharged_and_came_back(finished):
 
 def test_the_server_side_holds_no_key_and_no_plain_update(finished):
     folder, _ = finished
-    secrets = [(home / "keys" / "he-secret.key").read_bytes() for home in consortium.homes(folder, record.load(folder).study)]
+    homes = consortium.homes(folder, record.load(folder).study)
+    secrets = [(home / "keys" / "he-secret.key").read_bytes() for home in homes]
     assert len(set(secrets)) == 1
     for path in [folder / "events.jsonl", folder / "flower.log", *(folder / "sums").iterdir()]:
         assert secrets[0][64:128] not in path.read_bytes(), path
@@ -130,7 +131,8 @@ def test_an_existing_ray_cluster_of_two_nodes_is_used(tmp_path):
     port = "46379"
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
-    head = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false", *common]
+    head = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", *common]
+    head.append("--include-dashboard=false")
     worker = [ray, "start", f"--address=127.0.0.1:{port}", *common]
     processes = []
     try:
