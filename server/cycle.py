@@ -30,6 +30,8 @@ K = TypeVar("K")
 BROADCAST_WINDOW = 4
 """Sums under way at once: memory does not grow with the number of hospitals."""
 POLL_SECONDS = 0.05
+ROLL_SECONDS = 120.0
+"""A node that is online and does not say who it is holds nobody up for longer."""
 MAX_REPLY_BYTES = 4 << 30
 
 
@@ -205,14 +207,16 @@ class Coordinator:
     # ---- who is there
 
     def _call_roll(self) -> None:
-        """Ask unknown nodes which hospital they are; before round 1 wait until every site of the roster answered."""
+        """Ask each unknown node once which hospital it is; before round 1 wait until every site has answered."""
         deadline = time.monotonic() + self.study.round_timeout
+        roll = Envelope.seal(Roll(study=self.study.hash))
+        asked: set[int] = set()
         while True:
             online = set(self.grid.get_node_ids())
             self.nodes = {name: node for name, node in self.nodes.items() if node in online}
-            unknown = online - set(self.nodes.values())
-            roll = Envelope.seal(Roll(study=self.study.hash))
-            for node, answer in self._ask({node: (node, roll) for node in unknown}, "query"):
+            unknown = online - set(self.nodes.values()) - asked
+            asked |= unknown
+            for node, answer in self._ask({node: (node, roll) for node in unknown}, "query", ROLL_SECONDS):
                 try:
                     self._enrol(node, _accepted(answer).open(Present, self.study))
                 except (MessageError, _NoAnswer) as problem:
@@ -236,15 +240,19 @@ class Coordinator:
     # ---- the wire
 
     def _ask(
-        self, requests: dict[K, tuple[int, Envelope]], message_type: str
+        self, requests: dict[K, tuple[int, Envelope]], message_type: str, seconds: float | None = None
     ) -> Iterator[tuple[K, Envelope | _NoAnswer]]:
-        """Push one message a node, and yield each answer as soon as it is there, so that it can be forgotten."""
+        """Push one message a node, and yield each answer as soon as it is there, so that it can be forgotten.
+
+        Args:
+            seconds: how long to wait for all of them; by default the study's `round_timeout`.
+        """
         pending: dict[str, K] = {}
         for key, (node, envelope) in requests.items():
             message = Message(envelope.to_record(), dst_node_id=node, message_type=message_type)
             for message_id in self.grid.push_messages([message]):
                 pending[message_id] = key
-        deadline = time.monotonic() + self.study.round_timeout
+        deadline = time.monotonic() + (self.study.round_timeout if seconds is None else seconds)
         while pending and time.monotonic() < deadline:
             answers = list(self.grid.pull_messages(pending))
             while answers:

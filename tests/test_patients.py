@@ -343,10 +343,11 @@ def test_a_file_that_crashes_its_decoder_is_the_only_one_lost(tmp_path, monkeypa
     folder = tmp_path / "data"
     for n in range(6):
         write(folder, f"{n}.dcm", seed=n)
-    (folder / "2x.dcm").write_bytes(b"poison")
+    for name in ("2x.dcm", "last.dcm"):
+        (folder / name).write_bytes(b"poison")
     report = check_folder(folder, ONE, workers=2)
-    assert report.left_out == {"DICOM_DECODE": 1}
-    assert codes(report)["2x.dcm"] == "DICOM_DECODE"
+    assert report.left_out == {"DICOM_DECODE": 2}
+    assert codes(report)["2x.dcm"] == codes(report)["last.dcm"] == "DICOM_DECODE"
     assert report.images == 6
 
 

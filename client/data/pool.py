@@ -93,6 +93,10 @@ class WorkerPool:
         while unanswered:
             while len(self._workers) < min(self._count, unanswered):
                 self._start()
+            for worker in self._workers.values():
+                if worker.ready and worker.job is None and todo:
+                    worker.job = todo.popleft()
+                    worker.send(json.dumps(paths[worker.job[0]]).encode())
             for connection in wait(list(self._workers)):
                 worker = self._workers[connection]  # type: ignore[index]
                 result = self._hear(worker)
@@ -108,9 +112,6 @@ class WorkerPool:
                         reason = TIMED_OUT if worker.timed_out else CRASHED
                         yield index, Examined("refused", "DICOM_DECODE", reason)
                         unanswered -= 1
-                if not worker.dead and worker.ready and worker.job is None and todo:
-                    worker.job = todo.popleft()
-                    worker.send(json.dumps(paths[worker.job[0]]).encode())
 
     def _start(self) -> None:
         if self._failed_starts >= _STARTS_WITHOUT_SUCCESS:
@@ -145,7 +146,9 @@ class WorkerPool:
 
     def _answer(self, values: dict[str, Any], connection: Connection) -> Examined:
         frames, images = int(values.pop("frames")), None
-        if 0 < frames <= self._limits.frames_used:
+        if not 0 <= frames <= self._limits.frames_used or (frames == 0 and not values["code"]):
+            raise ValueError("an image without frames, or with too many")
+        if frames:
             content = connection.recv_bytes(2 * frames * self._size**2)
             images = np.frombuffer(content, np.float16).reshape(frames, self._size, self._size)
         outcome, shape = values.pop("outcome"), tuple(int(n) for n in values.pop("shape"))
