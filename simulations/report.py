@@ -1,0 +1,524 @@
+"""The report of a run: one self-contained page, ``report.html``, and the same numbers as ``report.json``.
+
+`facts` gathers every number; the page and the JSON show those and no others. The page loads nothing, runs no
+script, and everything in it that came from a file is escaped. An equal run folder gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedmedgan.shared.errors import RunError
+from fedmedgan.shared.study import Study
+from fedmedgan.simulations import charts
+from fedmedgan.simulations.charts import PhaseTimes
+from fedmedgan.simulations.record import Hospital, Round, RunRecord, bytes_text, load, seconds_text
+
+SCHEMA_VERSION = "1"
+PACKAGES = ("fedmedgan", "torch", "opacus", "tenseal", "flwr")
+FILM_FRAMES = 12
+TABLE_ROWS = 40
+MAX_PICTURE_BYTES = 16 << 20
+
+ENDINGS = {
+    "rounds": "All agreed rounds were run.",
+    "converged": "The run ended early: the generator's loss, on generated images alone, had settled.",
+    "budget": "The run was ended: the next round would have broken a hospital's privacy budget.",
+    "quorum": "The run was ended: fewer than three hospitals were left.",
+}
+
+
+def write(run_folder: Path) -> Path:
+    """Write ``report.html`` and ``report.json`` into a run folder and return the path of the page.
+
+    Raises:
+        RunError: RUN_RECORD, the run folder does not have the agreed form; RUN_PATH, it cannot be written.
+    """
+    run = load(run_folder)
+    found = facts(run)
+    page = run_folder / "report.html"
+    twin = json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False)
+    _replace(run_folder / "report.json", twin + "\n")
+    _replace(page, _page(run, found))
+    return page
+
+
+# ---- every number of the report
+
+
+def facts(run: RunRecord) -> dict[str, Any]:
+    """What the report says, as plain values: the content of ``report.json``."""
+    study, privacy = run.study, run.study.privacy
+    spent = max(run.final_epsilon.values())
+    model_equal, model_hash = _models_agree(run)
+    found: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "study": {"name": study.name, "hash": study.hash, "values": study.model_dump(mode="json")},
+        "opened": _when(run.opened.time) if run.opened else None,
+        "closed": _when(run.closed.time) if run.closed else None,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "ending": _ending(run),
+        "insecure_seed": run.insecure_seed is not None,
+        "only_phantoms": all(h.drawn for h in run.hospitals),
+        "shows_given_images": any(h.real and not h.drawn for h in run.hospitals),
+        "rounds_done": run.rounds_done,
+        "rounds_planned": study.training.rounds,
+        "parameters": run.opened.parameters if run.opened else None,
+        "float32_bytes": run.opened.float32_bytes if run.opened else None,
+        "model": {"hash": model_hash, "equal_at_all_hospitals": model_equal},
+        "privacy": {
+            "epsilon": spent,
+            "epsilon_at_most": _rounded_up(spent),
+            "budget": privacy.epsilon,
+            "delta": privacy.delta,
+            "unit": "one patient with all images and labels",
+            "adjacency": "add/remove",
+            "certainty_at_most": _certainty(spent),
+        },
+        "hospitals": [_hospital_facts(run, h) for h in run.hospitals],
+        "rounds": [_round_facts(run, r) for r in run.rounds],
+        "computing": _computing(run),
+        "missing": [
+            {"round": r.number, "attempt": a.number, "site": m.site, "reason": m.reason}
+            for r in run.rounds
+            for a in r.attempts
+            for m in a.missing
+        ],
+        "nodes_refused": run.nodes_refused,
+        "arms": [asdict(arm) for arm in run.arms],
+        "real": asdict(run.real) if run.real else None,
+    }
+    found["verdict"] = _verdict(run, found)
+    return found
+
+
+def _hospital_facts(run: RunRecord, hospital: Hospital) -> dict[str, Any]:
+    site, last, loaded = run.study.site(hospital.name), hospital.last, hospital.loaded
+    return {
+        "name": hospital.name,
+        "patients_declared": site.patients,
+        "patients": loaded.patients if loaded else None,
+        "images": loaded.images if loaded else None,
+        "refused": dict(sorted(loaded.refused.items())) if loaded else {},
+        "weight": site.weight,
+        "sampling_rate": run.study.sampling_rate(site),
+        "noise_multiplier": last.noise_multiplier if last else None,
+        "rounds_trained": len(hospital.trained),
+        "steps": sum(t.steps for t in hospital.trained.values()),
+        "epsilon": last.epsilon if last else 0.0,
+        "ceiling": last.ceiling if last else run.study.privacy.epsilon,
+        "troubles": hospital.troubles,
+    }
+
+
+def _round_facts(run: RunRecord, turn: Round) -> dict[str, Any]:
+    number, times = turn.number, phase_times(run, turn)
+    here = [h for h in run.hospitals if number in h.trained]
+    sealed = {h.name: h.encrypted[number] for h in run.hospitals if number in h.encrypted}
+    return {
+        "round": number,
+        "attempts": len(turn.attempts),
+        "cohort": list(turn.aggregated.cohort) if turn.aggregated else [],
+        "seconds": None if times is None else {**asdict(times), "total": times.total},
+        "seconds_training": max((h.trained[number].seconds for h in here), default=None),
+        "bytes_up": turn.bytes_up,
+        "bytes_down": turn.aggregated.bytes_down if turn.aggregated else None,
+        "epsilon": {h.name: h.trained[number].epsilon for h in here},
+        "saturated_share": {name: e.saturated / e.values for name, e in sealed.items()},
+        "generator_loss": {h.name: h.trained[number].generator_loss for h in here},
+        "discriminator_fake_loss": {h.name: h.trained[number].discriminator_fake_loss for h in here},
+        "model_hash": turn.applied.model_hash if turn.applied else None,
+    }
+
+
+def phase_times(run: RunRecord, turn: Round) -> PhaseTimes | None:
+    """Wall time of one finished round, by phase; None for an unfinished one.
+
+    The coordinator adds while others still train, and hears back when hospitals have updated. So phase 1 is
+    its waiting time less its adding, and phase 3 is the broadcast less the slowest hospital's phase 4.
+    """
+    if turn.aggregated is None or turn.applied is None:
+        return None
+    cohort = [h for h in run.hospitals if h.name in turn.aggregated.cohort]
+    update = max((_update_seconds(h, turn.number) for h in run.hospitals), default=0.0)
+    aggregation = turn.aggregated.seconds.aggregation
+    return PhaseTimes(
+        round=turn.number,
+        local=max(0.0, turn.aggregated.seconds.local - aggregation),
+        encrypt=max((_encrypt_seconds(h, turn.number) for h in cohort), default=0.0),
+        aggregate=aggregation,
+        broadcast=max(0.0, turn.applied.seconds.broadcast - update),
+        apply=update,
+    )
+
+
+def _encrypt_seconds(hospital: Hospital, number: int) -> float:
+    """Quantise, seal and encrypt. Levels are quantised once; a further attempt seals the same again."""
+    quantize = hospital.trained[number].quantize_seconds if number in hospital.trained else 0.0
+    if number not in hospital.encrypted:
+        return quantize
+    parts = hospital.encrypted[number].seconds
+    return quantize + parts.quantize + parts.seal + parts.encrypt
+
+
+def _update_seconds(hospital: Hospital, number: int) -> float:
+    if number not in hospital.updated:
+        return 0.0
+    parts = hospital.updated[number].seconds
+    return parts.decrypt + parts.check + parts.apply
+
+
+def _computing(run: RunRecord) -> dict[str, float] | None:
+    """Seconds that all parties together spent computing, and the share that was not training."""
+    rounds = [r for r in run.finished_rounds if r.aggregated]
+    if not rounds:
+        return None
+    numbers = [r.number for r in rounds]
+    training = sum(h.trained[n].seconds for n in numbers for h in run.hospitals if n in h.trained)
+    encrypt = sum(_encrypt_seconds(h, n) for n in numbers for h in run.hospitals)
+    aggregate = sum(r.aggregated.seconds.aggregation for r in rounds if r.aggregated)
+    update = sum(_update_seconds(h, n) for n in numbers for h in run.hospitals)
+    other = encrypt + aggregate + update
+    return {
+        "training": training,
+        "encrypt": encrypt,
+        "aggregate": aggregate,
+        "apply": update,
+        "share_outside_training": other / (training + other) if training + other else 0.0,
+    }
+
+
+def _models_agree(run: RunRecord) -> tuple[bool | None, str | None]:
+    """Did all who reported hold the same model after every round, and which was the last? None before any."""
+    last, equal = None, True
+    for turn in run.finished_rounds:
+        assert turn.applied is not None
+        hashes = {h.updated[turn.number].model_hash for h in run.hospitals if turn.number in h.updated}
+        equal = equal and hashes == {turn.applied.model_hash}
+        last = turn.applied.model_hash
+    return (equal if last else None), last
+
+
+def _verdict(run: RunRecord, found: Mapping[str, Any]) -> list[str]:
+    """The outcome in plain words."""
+    taking_part = {name for r in found["rounds"] for name in r["cohort"]}
+    if not found["rounds_done"]:
+        return ["No round has been finished yet, so there is no outcome to report."]
+    done, planned = found["rounds_done"], found["rounds_planned"]
+    rounds = f"{done} round{'s' * (done != 1)}" + (f" of {planned}" if done < planned else "")
+    privacy = found["privacy"]
+    lines = [f"{len(taking_part)} hospitals trained one generator in {rounds}; no image left its hospital."]
+    if found["insecure_seed"]:
+        lines.append("The noise was seeded: no privacy guarantee, whatever the figures below say.")
+    else:
+        most, budget, delta = privacy["epsilon_at_most"], privacy["budget"], _plain(privacy["delta"])
+        lines.append(
+            f"Each patient's epsilon is at most {most:.2f} of {budget:g} at delta {delta};"
+            f" unit: {privacy['unit']}; {privacy['adjacency']} adjacency;"
+            " local noise in full at each hospital."
+        )
+    if found["model"]["equal_at_all_hospitals"]:
+        lines.append("After every round all hospitals held the same model.")
+    else:
+        lines.append("The hospitals did NOT all hold the same model: do not use it.")
+    return lines
+
+
+def _ending(run: RunRecord) -> str:
+    if run.closed is None:
+        return "The run is not finished, or it broke off; this page shows what there is."
+    if run.closed.reason == "rounds" and run.rounds_done < run.study.training.rounds:
+        return f"The run broke off after round {run.rounds_done}."
+    return ENDINGS[run.closed.reason]
+
+
+def _certainty(epsilon: float) -> float:
+    """e^epsilon / (1 + e^epsilon): how sure an attacker who starts at 50 % can become, delta apart."""
+    return 1 / (1 + math.exp(-epsilon))
+
+
+def _rounded_up(value: float) -> float:
+    """Two decimals, never less than the value: a promise must not be rounded down."""
+    return math.ceil(round(value * 100, 9)) / 100
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+# ---- the page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG inside the page."""
+
+    uri: str
+    width: int
+    height: int
+    caption: str
+    alt: str
+    colour: str = ""
+
+
+def _page(run: RunRecord, found: dict[str, Any]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "seconds": seconds_text, "bytes": bytes_text, "percent": _percent, "at_most": _at_most,
+        "plain": _plain, "count": _count,
+    }  # fmt: skip
+    environment.filters.update(filters)
+    return environment.get_template("report.html").render(
+        f=found,
+        study=run.study,
+        charts={name: Markup(svg) for name, svg in _charts(run, found).items()},
+        film=_film(run),
+        beside=_beside(run),
+        arms=_arms(run),
+        comparison=_comparison(run),
+        colours={h.name: charts.site_colour(i) for i, h in enumerate(run.hospitals)},
+        traffic=_traffic_rows(found["rounds"]),
+        timed=_thin([r for r in found["rounds"] if r["seconds"]], TABLE_ROWS),
+        saturated=max(
+            ((share, n, r["round"]) for r in found["rounds"] for n, share in r["saturated_share"].items()),
+            default=None,
+        ),
+        toml=study_toml(run.study),
+        insecure_seed=run.insecure_seed,
+        certainties=[(e, _certainty(e)) for e in (1, 2, 4, 8)],
+    )
+
+
+def _charts(run: RunRecord, found: Mapping[str, Any]) -> dict[str, str]:
+    """name -> SVG, of the charts for which there are numbers."""
+    drawn: dict[str, str] = {}
+    names, rounds = [h.name for h in run.hospitals], found["rounds"]
+
+    def per_hospital(key: str) -> dict[str, list[tuple[int, float]]]:
+        return {name: [(r["round"], r[key][name]) for r in rounds if name in r[key]] for name in names}
+
+    spent = per_hospital("epsilon")
+    if any(spent.values()):
+        ceilings = {h["name"]: h["ceiling"] for h in found["hospitals"]}
+        ends = ", ".join(f"{name} {points[-1][1]:.2f}" for name, points in spent.items() if points)
+        budgets = ", ".join(f"{c:g}" for c in sorted(set(ceilings.values())))
+        alt = f"Line chart of epsilon after each round. At the end: {ends}. Budget: {budgets}."
+        drawn["epsilon"] = charts.epsilon(spent, ceilings, alt)
+        alt = "Two line charts over the rounds, one line a hospital: loss of the generator, and of the"
+        alt += " discriminator on generated images."
+        generator, discriminator = per_hospital("generator_loss"), per_hospital("discriminator_fake_loss")
+        drawn["losses"] = charts.losses(generator, discriminator, alt)
+    saturated = per_hospital("saturated_share")
+    if any(saturated.values()):
+        alt = "Line chart: share of values that were limited, by hospital and round."
+        drawn["saturation"] = charts.saturation(saturated, alt)
+    times = [t for t in (phase_times(run, r) for r in run.rounds) if t]
+    if times:
+        alt = "Stacked bars of the seconds of each round by phase; the table below holds the numbers."
+        drawn["phases"] = charts.phases(times, alt)
+    carried = [r for r in rounds if r["bytes_up"]]
+    if carried and found["float32_bytes"]:
+        up = [(r["round"], float(max(r["bytes_up"].values()))) for r in carried]
+        down = [(r["round"], float(r["bytes_down"])) for r in carried]
+        alt = (
+            f"Line chart: bytes of one hospital in one round. At the end up {bytes_text(up[-1][1])}, down"
+            f" {bytes_text(down[-1][1])}; plaintext float32 {bytes_text(found['float32_bytes'])} each way."
+        )
+        drawn["traffic"] = charts.traffic(
+            {"up, encrypted update": up}, {"down, encrypted sum": down}, found["float32_bytes"], alt
+        )
+    rows = _utility_rows(run)
+    if rows:
+        chances = {a.tstr.chance for a in run.arms if a.tstr}
+        chance = chances.pop() if len(chances) == 1 else None
+        values = "; ".join(f"{row.label} {row.auc[0]:.3f}" for row in rows)
+        alt = f"Dot chart of area under the ROC curve and accuracy by arm. Area: {values}."
+        drawn["utility"] = charts.utility(rows, chance, alt)
+    return drawn
+
+
+def _utility_rows(run: RunRecord) -> list[charts.UtilityRow]:
+    rows = []
+    places = {f"alone-{h.name}": i for i, h in enumerate(run.hospitals)}
+    for arm in run.arms:
+        if arm.tstr:
+            colour = charts.stand_in(places[arm.name]) if arm.name in places else charts.INK
+            colour = colour if arm.private else charts.ALARM
+            scores = (arm.tstr.auc.mean, arm.tstr.auc.std), (arm.tstr.accuracy.mean, arm.tstr.accuracy.std)
+            rows.append(charts.UtilityRow(arm.label, colour, *scores))
+    if rows and run.real:
+        auc, accuracy = run.real.tstr.auc, run.real.tstr.accuracy
+        scores = (auc.mean, auc.std), (accuracy.mean, accuracy.std)
+        rows.append(charts.UtilityRow(run.real.label, charts.MUTED, *scores))
+    return rows
+
+
+def _comparison(run: RunRecord) -> str:
+    """What the arms say, in words, with the spread beside the difference."""
+    scores = {a.name: a.tstr.auc for a in run.arms if a.tstr}
+    alone = {name: score for name, score in scores.items() if name.startswith("alone-")}
+    if "federated" not in scores or not alone:
+        return ""
+    best_name = max(alone, key=lambda name: alone[name].mean)
+    together, best = scores["federated"], alone[best_name]
+    difference = together.mean - best.mean
+    spread = 2 * math.hypot(together.std, best.std)
+    verdict = "more than" if abs(difference) > spread else "within"
+    words = "above" if difference >= 0 else "below"
+    return (
+        f"Trained together, the generator reaches an area of {together.mean:.3f}. That is"
+        f" {abs(difference):.3f} {words} the best single hospital ({best_name.removeprefix('alone-')},"
+        f" {best.mean:.3f}), {verdict} twice the combined standard deviation ({spread:.3f})."
+    )
+
+
+def _film(run: RunRecord) -> tuple[str, list[Picture]]:
+    """Whose film strip it is, and its frames."""
+    for hospital in run.hospitals:
+        if hospital.samples:
+            frames = []
+            for number in _thin(sorted(hospital.samples), FILM_FRAMES):
+                caption = f"after round {number}" if number else "before training"
+                alt = f"Generated images {caption}, the same latent points in every frame"
+                frames.append(_picture(hospital.samples[number], caption, alt))
+            return hospital.name, frames
+    return "", []
+
+
+def _beside(run: RunRecord) -> list[Picture]:
+    """The newest generated images, then each hospital's own."""
+    pictures = []
+    for hospital in run.hospitals:
+        if hospital.samples:
+            number = max(hospital.samples)
+            caption = f"synthetic, after round {number}: the one generator that every hospital holds"
+            pictures.append(_picture(hospital.samples[number], caption, "Generated images, one row a class"))
+            break
+    for i, hospital in enumerate(run.hospitals):
+        if hospital.real:
+            kind = "phantoms" if hospital.drawn else "images from the folder given"
+            alt = f"Images that {hospital.name} trained on, one row a class"
+            caption = f"{hospital.name}: its own {kind}"
+            pictures.append(_picture(hospital.real, caption, alt, charts.site_colour(i)))
+    return pictures
+
+
+def _arms(run: RunRecord) -> list[tuple[Any, Picture | None]]:
+    """Each arm with its picture, if that is there yet."""
+    found = []
+    for arm in run.arms:
+        path = run.folder / arm.picture
+        alt = f"Images generated by: {arm.label}"
+        found.append((arm, _picture(path, arm.label, alt) if path.is_file() else None))
+    return found
+
+
+def _picture(path: Path, caption: str, alt: str, colour: str = "") -> Picture:
+    data = path.read_bytes()[: MAX_PICTURE_BYTES + 1]
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or not 33 <= len(data) <= MAX_PICTURE_BYTES:
+        raise RunError("RUN_RECORD", "not a PNG of at most 16 MiB", path.name)
+    width, height = struct.unpack(">II", data[16:24])
+    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return Picture(uri, width, height, caption, alt, colour)
+
+
+def _traffic_rows(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Bytes per round; consecutive rounds with the same bytes share a row."""
+    rows: list[dict[str, Any]] = []
+    for turn in rounds:
+        if not turn["bytes_up"]:
+            continue
+        sizes = sorted(turn["bytes_up"].values())
+        row = {"up": sizes, "down": turn["bytes_down"]}
+        if rows and {k: rows[-1][k] for k in row} == row and rows[-1]["last"] == turn["round"] - 1:
+            rows[-1]["last"] = turn["round"]
+        else:
+            rows.append({"first": turn["round"], "last": turn["round"], **row})
+    return rows
+
+
+def _thin(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def study_toml(study: Study) -> str:
+    """The study as TOML, without the hospitals' public keys: a simulation makes its own."""
+    values = study.model_dump(mode="json")
+    top = {k: v for k, v in values.items() if not isinstance(v, dict) and k != "sites"}
+    blocks = [_toml_lines(top)]
+    for site in values["sites"]:
+        keyless = {k: v for k, v in site.items() if not k.endswith("_key")}
+        blocks.append(["[[sites]]", *_toml_lines(keyless)])
+    blocks += [[f"[{k}]", *_toml_lines(v)] for k, v in values.items() if isinstance(v, dict)]
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    # JSON's strings, numbers and arrays are TOML's too, but for one control character that JSON leaves bare.
+    pairs = {k: json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f") for k, v in values.items()}
+    return [f"{k} = {text}" for k, text in pairs.items()]
+
+
+def _percent(share: float) -> str:
+    """``7.2 %``, ``0.04 %``, ``99.97 %``."""
+    percent = 100 * share
+    return f"{percent:.2f} %" if percent < 0.1 or 99 < percent < 100 else f"{percent:.1f} %"
+
+
+def _at_most(share: float) -> str:
+    """Like `_percent` but never rounded down, for a bound; and never up to 100 %."""
+    digits = 1 if share <= 0.99 else 2
+    step = 10**digits
+    percent = math.ceil(round(100 * share * step, 6)) / step
+    return f"{percent:.{digits}f} %" if percent < 100 or share == 1 else "over 99.99 %"
+
+
+def _plain(value: float) -> str:
+    """``1e-4`` rather than ``0.0001``."""
+    if value and abs(value) < 0.01:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.3g}"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError("RUN_PATH", f"cannot be written ({error.strerror})", str(path)) from None
