@@ -81,6 +81,12 @@ def test_masks_of_another_attempt_do_not_cancel(cohort, context):
     assert np.count_nonzero(total) == 500
 
 
+def test_two_cohorts_of_one_attempt_share_no_stream():
+    """Else a server that opens an attempt twice could take one upload from the other and find masks gone."""
+    streams = {masks._pair_key(SECRETS[0][1], 0, 1, cohort, CONTEXT) for cohort in ((0, 1, 2), (0, 1, 3))}
+    assert len(streams) == 2
+
+
 def test_a_sum_with_one_hospital_missing_does_not_open():
     key, cohort = b"k" * 32, (0, 1, 2)
     sealed = [proof.seal(np.arange(50), n_sites=3, site_index=i, weight=1, mac_key=key) for i in cohort]

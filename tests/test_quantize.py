@@ -115,6 +115,20 @@ def test_rounding_is_unbiased(bits, value):
     assert abs(levels.mean() - float(exact)) <= 5 * spread + 1e-9
 
 
+def test_rounding_keeps_fractions_that_float32_would_lose():
+    """Near the end of 16 bits a float32 level has steps of 1/512: a fraction of 0.0007 would never round up."""
+    n, plan = 400_000, a_plan(400_000, 16)
+    middle = (plan.levels - 1) // 2
+    for k in range(middle - 1, 0, -1):
+        value = np.float32(k * plan.step)
+        exact = Fraction(float(value)) * middle / Fraction(plan.value_range)
+        if Fraction(5, 10_000) < exact - k < Fraction(9, 10_000):
+            break
+    expected = float(exact - k) * n
+    levels = plan.quantize(np.full(n, value), np.random.default_rng(4)).levels
+    assert abs(np.count_nonzero(levels == k + 1 + middle) - expected) < 5 * expected**0.5
+
+
 def test_zero_stays_exactly_zero():
     plan = a_plan(1001)
     quantized = plan.quantize(np.zeros(1001, dtype=np.float32), np.random.default_rng())
