@@ -423,8 +423,9 @@ def _refuse_strange_tail(tail: bytes, where: str) -> None:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    digest = hashlib.sha256(rfc8785.dumps(body)).hexdigest()
-    return rfc8785.dumps({"body": body, "sha256": digest, "signature": None}) + b"\n"
+    canonical = rfc8785.dumps(body)
+    digest = hashlib.sha256(canonical).hexdigest().encode()
+    return b'{"body":' + canonical + b',"sha256":"' + digest + b'","signature":null}\n'
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:
