@@ -160,7 +160,7 @@ def phases(rounds: Sequence[PhaseTimes], alt: str) -> str:
     parts = [1000 * last.encrypt, 1000 * last.aggregate, 1000 * last.broadcast, 1000 * last.apply]
     words = ["1 encrypt", "2 add", "3 send", "4 decrypt, update"]
     middles = [sum(parts[:i]) + part / 2 for i, part in enumerate(parts)]
-    figure.subplots_adjust(left=0.035, right=0.855, top=0.88, bottom=0.15, wspace=0.16)
+    figure.subplots_adjust(left=0.045, right=0.855, top=0.88, bottom=0.15, wspace=0.16)
     _end_labels(rest, middles, words, [INK] * 4)
     return _svg(figure, "phases", alt)
 
@@ -192,7 +192,7 @@ def saturation(series: Series, alt: str) -> str:
     figure, axes = _figure(2.8)
     percent = {name: [(r, 100 * v) for r, v in points] for name, points in series.items()}
     highest = max(v for points in percent.values() for _, v in points)
-    _lines(axes, percent, digits=3, top=1.15 * max(highest, 0.01))
+    _lines(axes, percent, digits=3, top=1.15 * max(highest, 0.1))
     axes.set_title("share of an update's values that were cut, %")
     return _svg(figure, "saturation", alt)
 
@@ -202,7 +202,7 @@ def losses(generator: Series, discriminator: Series, alt: str) -> str:
     """Two losses on generated images."""
     figure = Figure(figsize=(10, 3.2))
     left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.035, right=0.865, top=0.88, bottom=0.15, wspace=0.45)
+    figure.subplots_adjust(left=0.045, right=0.865, top=0.88, bottom=0.15, wspace=0.45)
     _lines(left, generator, digits=2)
     _lines(right, discriminator, digits=2)
     left.set_title("generator's loss")
@@ -229,6 +229,7 @@ def utility(rows: Sequence[UtilityRow], chance: float | None, alt: str) -> str:
             axes.annotate(
                 f"{mean:.3f}", (mean + deviation, height), xytext=(6, 0),
                 textcoords="offset points", va="center",
+                bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
         lowest = min([v - d for v, d in values] + ([] if floor is None else [floor]))
         axes.set_xlim(min(lowest, 0.5) - 0.02, max(1.0, max(v + d for v, d in values)) + 0.06)
@@ -254,7 +255,7 @@ def utility(rows: Sequence[UtilityRow], chance: float | None, alt: str) -> str:
 def _figure(height: float, right: float = 0.855) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(10, height))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.035, right=right, top=1 - 0.4 / height, bottom=0.5 / height)
+    figure.subplots_adjust(left=0.045, right=right, top=1 - 0.4 / height, bottom=0.5 / height)
     return figure, axes
 
 

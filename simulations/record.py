@@ -249,6 +249,8 @@ class Utility:
     auc: Score
     chance: Annotated[float, Field(ge=0, le=1)] | None = None
     """Accuracy of always answering the commonest class."""
+    tested_on: Count | None = None
+    """Number of real images."""
 
 
 @checked_dataclass(frozen=True, config=_STRICT)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,6 +26,8 @@ from fedmedgan.shared.study import Study
 from fedmedgan.simulations import charts
 from fedmedgan.simulations.charts import PhaseTimes
 from fedmedgan.simulations.record import Hospital, Round, RunRecord, bytes_text, load, seconds_text
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = "1"
 PACKAGES = ("fedmedgan", "torch", "opacus", "tenseal", "flwr")
@@ -302,6 +304,7 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
         beside=_beside(run),
         arms=_arms(run),
         comparison=_comparison(run),
+        tested_on=_shared([a.tstr.tested_on for a in run.arms if a.tstr]),
         colours={h.name: charts.site_colour(i) for i, h in enumerate(run.hospitals)},
         traffic=_traffic_rows(found["rounds"]),
         timed=_thin([r for r in found["rounds"] if r["seconds"]], TABLE_ROWS),
@@ -335,7 +338,7 @@ def _charts(run: RunRecord, found: Mapping[str, Any]) -> dict[str, str]:
         generator, discriminator = per_hospital("generator_loss"), per_hospital("discriminator_fake_loss")
         drawn["losses"] = charts.losses(generator, discriminator, alt)
     saturated = per_hospital("saturated_share")
-    if any(saturated.values()):
+    if any(share for points in saturated.values() for _, share in points):
         alt = "Line chart: share of values that were limited, by hospital and round."
         drawn["saturation"] = charts.saturation(saturated, alt)
     times = [t for t in (phase_times(run, r) for r in run.rounds) if t]
@@ -355,8 +358,7 @@ def _charts(run: RunRecord, found: Mapping[str, Any]) -> dict[str, str]:
         )
     rows = _utility_rows(run)
     if rows:
-        chances = {a.tstr.chance for a in run.arms if a.tstr}
-        chance = chances.pop() if len(chances) == 1 else None
+        chance = _shared([a.tstr.chance for a in run.arms if a.tstr])
         values = "; ".join(f"{row.label} {row.auc[0]:.3f}" for row in rows)
         alt = f"Dot chart of area under the ROC curve and accuracy by arm. Area: {values}."
         drawn["utility"] = charts.utility(rows, chance, alt)
@@ -377,6 +379,11 @@ def _utility_rows(run: RunRecord) -> list[charts.UtilityRow]:
         scores = (auc.mean, auc.std), (accuracy.mean, accuracy.std)
         rows.append(charts.UtilityRow(run.real.label, charts.MUTED, *scores))
     return rows
+
+
+def _shared(values: Sequence[T]) -> T | None:
+    """The value that all have; None where they differ."""
+    return values[0] if values and all(v == values[0] for v in values) else None
 
 
 def _comparison(run: RunRecord) -> str:
@@ -491,6 +498,8 @@ def _toml_lines(values: Mapping[str, Any]) -> list[str]:
 def _percent(share: float) -> str:
     """``7.2 %``, ``0.04 %``, ``99.97 %``."""
     percent = 100 * share
+    if 0 < percent < 0.01:
+        return "under 0.01 %"
     return f"{percent:.2f} %" if percent < 0.1 or 99 < percent < 100 else f"{percent:.1f} %"
 
 

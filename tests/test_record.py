@@ -206,7 +206,8 @@ class RunWriter:
         for i, (name, label, private, epsilon, clarity, auc) in enumerate(rows):
             (self.folder / "arms" / f"{name}.png").write_bytes(picture(self.study, clarity, seed=3))
             accuracy = {"mean": auc - 0.06, "std": 0.012 + 0.002 * i}
-            tstr = {"accuracy": accuracy, "auc": {"mean": auc, "std": 0.01 + 0.003 * i}}
+            tstr: dict[str, Any] = {"accuracy": accuracy, "auc": {"mean": auc, "std": 0.01 + 0.003 * i}}
+            tstr |= {"chance": 0.53, "tested_on": 243}
             arm = {"name": name, "label": label, "private": private, "epsilon": epsilon, "tstr": tstr}
             arm |= {"delta": delta if private else None, "picture": f"arms/{name}.png"}
             arm["seconds"] = 44.0 - 6 * i

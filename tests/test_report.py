@@ -190,6 +190,7 @@ def test_the_numbers_are_those_of_the_record(finished: Path) -> None:
     assert "412 kB" in page.words("bytes")
     assert f"{PARAMETERS:,}".replace(",", "\u202f") in page.text
     assert "0.860 ± 0.010" in page.words("comparison")
+    assert "tested on 243 real images" in page.words("comparison")
 
 
 def test_the_share_outside_training_by_hand(finished: Path) -> None:
@@ -240,6 +241,25 @@ def test_no_missing_section_when_nobody_was_missing(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "missing" not in page.sections
     assert "All agreed rounds were run." in page.words()
+
+
+@pytest.mark.parametrize(
+    ("saturated", "words"),
+    [
+        (0, "No value of any update was cut."),
+        (1, "The largest share was under 0.01 %"),
+        (4030, "The largest share was 2.0 %, at north in round 1. More than 1 % is lost progress"),
+    ],
+)
+def test_how_much_was_cut_is_told(tmp_path: Path, saturated: int, words: str) -> None:
+    run = RunWriter(tmp_path, make_study(rounds=1, images=SMALL))
+    run.open()
+    run.round(1)
+    for site in SITES:
+        change_line(tmp_path / f"hospitals/{site}/events.jsonl", -2, saturated=saturated * (site == "north"))
+    page = page_of(tmp_path)
+    assert words in page.words("limited")
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == (6 if saturated else 5)
 
 
 # ---- what must not be hidden
