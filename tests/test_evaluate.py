@@ -13,6 +13,7 @@ from fedmedgan.client.release.evaluate import (
     LARGEST_SIDE,
     split_patients,
     train_on_synthetic_test_on_real,
+    train_once_test_on_each,
 )
 from fedmedgan.shared.errors import DataError
 from fedmedgan.simulations.phantoms import draw_anatomy, radiographs
@@ -75,9 +76,11 @@ def test_the_same_seed_gives_the_same_result_and_global_random_numbers_are_left_
 def test_the_classifier_does_not_depend_on_what_it_is_tested_with():
     train, (images, labels) = _bars(40), _bars(80, seed=3)
     images = np.concatenate([images[:40], -images[40:]])  # a half that is hard
+    easy, hard = (images[:40], labels[:40]), (images[40:], labels[40:])
     whole = train_on_synthetic_test_on_real(*train, images, labels, seeds=(0,))
-    easy = train_on_synthetic_test_on_real(*train, images[:40], labels[:40], seeds=(0,))
-    hard = train_on_synthetic_test_on_real(*train, images[40:], labels[40:], seeds=(0,))
+    parts = train_once_test_on_each(*train, {"easy": easy, "hard": hard}, seeds=(0,))
+    assert parts["easy"] == train_on_synthetic_test_on_real(*train, *easy, seeds=(0,))
+    easy, hard = parts["easy"], parts["hard"]
     assert whole.accuracy == pytest.approx((easy.accuracy + hard.accuracy) / 2)
     assert hard.accuracy < easy.accuracy
 

@@ -15,6 +15,7 @@ GANs", 2017.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def train_on_synthetic_test_on_real(
     real_N1HW: Any,
     real_labels: Any,
     *,
-    seeds: tuple[int, ...] = (0, 1, 2),
+    seeds: Sequence[int] = (0, 1, 2),
     device: str = "cpu",
 ) -> Utility:
     """Train the fixed classifier on `synthetic_N1HW`, test it once on `real_N1HW`; once for each seed.
@@ -93,25 +94,45 @@ def train_on_synthetic_test_on_real(
             no seed                                             at least one is needed
             ==================================================  ============================
     """
-    train_N1HW, train_N = _checked(synthetic_N1HW, labels, "training")
-    test_N1HW, test_N = _checked(real_N1HW, real_labels, "testing")
-    if train_N1HW.shape[1:] != test_N1HW.shape[1:]:
-        raise DataError("DATA_EVALUATION", "training and test images differ in size")
-    classes = np.unique(train_N)
-    if not np.array_equal(classes, np.unique(test_N)):
-        raise DataError("DATA_EVALUATION", "training and test images differ in their classes")
+    tests = {"": (real_N1HW, real_labels)}
+    return train_once_test_on_each(synthetic_N1HW, labels, tests, seeds=seeds, device=device)[""]
+
+
+def train_once_test_on_each(
+    train_N1HW: Any,
+    labels: Any,
+    tests: Mapping[str, tuple[Any, Any]],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    device: str = "cpu",
+) -> dict[str, Utility]:
+    """`train_on_synthetic_test_on_real` for several test sets, name -> (images, labels), with the same classifiers."""
+    images, label_N = _checked(train_N1HW, labels, "training")
+    classes = np.unique(label_N)
+    checked = {name: _checked(*test, "testing") for name, test in tests.items()}
+    for test_images, test_label_N in checked.values():
+        if images.shape[1:] != test_images.shape[1:]:
+            raise DataError("DATA_EVALUATION", "training and test images differ in size")
+        if not np.array_equal(classes, np.unique(test_label_N)):
+            raise DataError("DATA_EVALUATION", "training and test images differ in their classes")
     if not seeds:
         raise DataError("DATA_EVALUATION", "no seed was given")
 
-    target_N = torch.from_numpy(np.searchsorted(classes, train_N)).to(device)
-    truth_N = np.searchsorted(classes, test_N)
-    train, test = train_N1HW.to(device), test_N1HW.to(device)
-    accuracies, aucs = [], []
-    for seed in seeds:
-        classifier = _train(train, target_N, len(classes), seed)
-        chances_NK = _predict(classifier, test)
-        accuracies.append(float((chances_NK.argmax(1) == truth_N).mean()))
-        aucs.append(_auc(truth_N, chances_NK))
+    images = images.to(device)
+    target_N = torch.from_numpy(np.searchsorted(classes, label_N)).to(device)
+    classifiers = [_train(images, target_N, len(classes), seed) for seed in seeds]
+    return {
+        name: _measure(classifiers, test_images.to(device), np.searchsorted(classes, test_label_N), len(images))
+        for name, (test_images, test_label_N) in checked.items()
+    }
+
+
+def _measure(
+    classifiers: list[_Classifier], images_N1HW: Tensor, truth_N: NDArray[np.int64], trained_on: int
+) -> Utility:
+    answers = [_predict(classifier, images_N1HW) for classifier in classifiers]
+    accuracies = [float((chances_NK.argmax(1) == truth_N).mean()) for chances_NK in answers]
+    aucs = [_auc(truth_N, chances_NK) for chances_NK in answers]
     return Utility(
         accuracy=statistics.fmean(accuracies),
         accuracy_deviation=_deviation(accuracies),
@@ -120,8 +141,8 @@ def train_on_synthetic_test_on_real(
         auc_deviation=_deviation(aucs),
         auc_per_seed=tuple(aucs),
         chance=float(np.bincount(truth_N).max() / len(truth_N)),
-        trained_on=len(train),
-        tested_on=len(test),
+        trained_on=trained_on,
+        tested_on=len(truth_N),
     )
 
 
