@@ -295,8 +295,8 @@ Two hospitals, each split into two sites by patient; in brackets the declared nu
 
 {study.images.size} x {study.images.size} pixels.
 {training.rounds} rounds of {training.local_steps} private steps, with
-{training.patients_per_step} patients expected in a step. Epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}:
-per patient, add/remove, over all rounds.
+{training.patients_per_step} patients expected in a step.
+Epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}: per patient, add/remove, over all rounds.
 
 A classifier is trained on the synthetic images of an arm and tested on real images of patients whom no site
 had: {tested["both"]} images of {everybody} patients ({patients["gwcmc"]} gwcmc, {patients["nih"]} nih).
