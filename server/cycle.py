@@ -4,6 +4,7 @@
     a hospital fails, refuses or is late   left out; the others seal the same update for the smaller cohort
     it comes back                          it is sent the sums that it missed, then takes part again
     fewer than three hospitals are left    the run stops, RUN_QUORUM
+    ... because the budgets are spent      the cycle ends here, as agreed
     two hospitals report different models  the run stops, MODEL_DIVERGED
     the generator's loss has settled       the run ends before its last round
 """
@@ -67,13 +68,17 @@ class Coordinator:
             float32_bytes=4 * self.parameters,
         )
         losses: list[float] = []
-        reason, number = "rounds", 0
+        reason, number = "failed", 0
         try:
             for number in range(1, self.study.training.rounds + 1):
                 losses.append(self.round(number))
                 if self._converged(losses):
                     reason = "converged"
                     break
+            else:
+                reason = "rounds"
+        except _BudgetSpent:
+            reason, number = "budget", number - 1
         except RunError:
             reason, number = "quorum", number - 1
             raise
@@ -112,6 +117,8 @@ class Coordinator:
         missing: dict[str, str] = {s.name: "not there" for s in self.study.sites if s.name not in cohort}
         for attempt in range(1, len(self.study.sites) + 1):
             if len(cohort) < MIN_SITES:
+                if set(missing.values()) == {"BUDGET_EXHAUSTED"}:
+                    raise _BudgetSpent
                 why = "; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items()))
                 what = f"{len(cohort)} of {len(self.study.sites)} hospitals are left in round {number} ({why})"
                 raise RunError("RUN_QUORUM", what, "round")
@@ -268,6 +275,10 @@ class Coordinator:
         patience, tolerance = self.study.convergence.patience, self.study.convergence.tolerance
         recent = losses[-(patience + 1) :]
         return 0 < patience < len(losses) and max(recent) - min(recent) <= tolerance
+
+
+class _BudgetSpent(Exception):
+    """Too few hospitals are left because the round would break the others' budgets: the cycle ends as agreed."""
 
 
 class _NoAnswer(Exception):

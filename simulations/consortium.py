@@ -18,6 +18,8 @@ from fedmedgan.shared.study import Study
 from fedmedgan.simulations import phantoms
 
 INSECURE_MARK = "INSECURE-SEED"
+PHANTOMS = "dicom"
+"""Folder of a hospital's home that holds its files, where they are drawn."""
 
 
 def home_of(run_folder: Path, site: str) -> Path:
@@ -64,7 +66,7 @@ def prepare(
             identities[site.name].with_epoch(*epoch).save(home / "keys")
             folder = data.get(site.name)
             if folder is None:
-                folder = home / "dicom"
+                folder = home / PHANTOMS
                 vendor = phantoms.vendor_for(number)
                 phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor)
             _write_policy(home, site.name, folder.resolve(), study, device)
@@ -79,9 +81,16 @@ def prepare(
 
 
 def read_data(run_folder: Path, study: Study) -> None:
-    """Read every hospital's folder once, through the real reader, and draw some of its images for the report."""
+    """Read every hospital's folder once, through the real reader, and draw what the model makes before training.
+
+    Phantoms are drawn for the report as well. Images of patients are not: a report is made to be shown.
+    """
     for home in homes(run_folder, study):
-        patients = Hospital(home).load_patients()
+        hospital = Hospital(home)
+        patients = hospital.load_patients()
+        hospital.draw_samples()
+        if not (home / PHANTOMS).is_dir():
+            continue
         sheet = pictures.by_class(patients.images_N1HW, patients.labels_N, len(study.images.classes), SAMPLE_COLUMNS)
         (home / "real.png").write_bytes(pictures.png(sheet))
 

@@ -134,7 +134,7 @@ class RunClosed:
     event: Literal["run_closed"]
     time: float
     rounds: Count
-    reason: Literal["rounds", "converged", "budget", "quorum"]
+    reason: Literal["rounds", "converged", "budget", "quorum", "failed"]
     model_hash: ModelHash
 
 

@@ -40,6 +40,7 @@ ENDINGS = {
     "converged": "The run ended early: the generator's loss, on generated images alone, had settled.",
     "budget": "The run was ended: the next round would have broken a hospital's privacy budget.",
     "quorum": "The run was ended: fewer than three hospitals were left.",
+    "failed": "The run broke off with an error; flower.log in the run folder says which.",
 }
 
 
@@ -242,8 +243,6 @@ def _verdict(run: RunRecord, found: Mapping[str, Any]) -> list[str]:
 def _ending(run: RunRecord) -> str:
     if run.closed is None:
         return "The run is not finished, or it broke off; this page shows what there is."
-    if run.closed.reason == "rounds" and run.rounds_done < run.study.training.rounds:
-        return f"The run broke off after round {run.rounds_done}."
     return ENDINGS[run.closed.reason]
 
 

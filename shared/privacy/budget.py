@@ -17,8 +17,8 @@ from fedmedgan.shared.privacy.accounting import Accountant
 from fedmedgan.shared.privacy.events import TrainingSteps, check_delta, real
 from fedmedgan.shared.privacy.ledger import Ledger
 
-MAX_RELATIVE_GAP, MAX_ABSOLUTE_GAP = 0.02, 0.005
-"""Two accountants agree when they differ by at most 2% of the larger, or by 0.005. PRV adds its error bound
+MAX_RELATIVE_GAP, MAX_ABSOLUTE_GAP = 0.02, 0.01
+"""Two accountants agree when they differ by at most 2% of the larger, or by 0.01. PRV adds its error bound
 (0.01 at the epsilons of practice) and PLD rounds up on its grid by less than 1%."""
 
 
