@@ -349,6 +349,15 @@ def test_well_formed_records_that_do_not_follow_each_other_are_refused(path):
     refused("LEDGER_STATE", read, path)
 
 
+def test_a_charge_cannot_settle_the_reservation_of_another_study(path):
+    with opened(path) as ledger:
+        ledger.open_study(OTHER, delta=1e-4, ceiling=8.0)
+        ledger.charge(ledger.reserve(STUDY, 1, [EVENT]), 30, noise_source=NOISE)
+    *lines, charge = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, rewritten(charge, study=OTHER)]))
+    refused("LEDGER_STATE", read, path)
+
+
 def test_a_torn_last_line_is_cut_off_and_that_is_on_record(path):
     raw = fill(path, 6)
     for tail in (b"{", b'{"body":{"hospi', raw.splitlines()[-1], b'{"body":{"h' + b"\0" * 500, b"\0\0\0"):
@@ -480,6 +489,7 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for place in (tmp_path / "absent" / "ledger", tmp_path, tmp_path / "pipe", tmp_path / "link"):
         refused("LEDGER_WRITE", Ledger, place, "clinic-a")
+    assert "regular" in refused("LEDGER_WRITE", Ledger, tmp_path / "pipe", "clinic-a").what
     refused("LEDGER_WRITE", read, tmp_path / "absent")
     assert not (tmp_path / "elsewhere").exists()
 
