@@ -323,12 +323,12 @@ def test_a_worker_that_is_killed_loses_no_file(tmp_path):
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("ending", ["os.abort()", "os._exit(0)", "os.kill(os.getpid(), 11)"])
-def test_a_file_that_crashes_its_decoder_is_the_only_one_lost(tmp_path, monkeypatch, ending):
-    program = tmp_path / "poisoned.py"
+def poison(folder: Path, monkeypatch, ending: str) -> None:
+    """Let workers run `ending` on files that start with the word poison, as a decoder with a fault would."""
+    program = folder / "poisoned.py"
     program.write_text(
         textwrap.dedent(f"""
-            import os
+            import os, time
             from fedmedgan.client.data import dicom, worker
             read = dicom.read
             def poisoned(data, limits):
@@ -340,6 +340,11 @@ def test_a_file_that_crashes_its_decoder_is_the_only_one_lost(tmp_path, monkeypa
         """)
     )
     monkeypatch.setattr(pool, "_PROGRAM", (str(program),))
+
+
+@pytest.mark.parametrize("ending", ["os.abort()", "os._exit(0)", "os.kill(os.getpid(), 11)"])
+def test_a_file_that_crashes_its_decoder_is_the_only_one_lost(tmp_path, monkeypatch, ending):
+    poison(tmp_path, monkeypatch, ending)
     folder = tmp_path / "data"
     for n in range(6):
         write(folder, f"{n}.dcm", seed=n)
@@ -349,6 +354,27 @@ def test_a_file_that_crashes_its_decoder_is_the_only_one_lost(tmp_path, monkeypa
     assert report.left_out == {"DICOM_DECODE": 2}
     assert codes(report)["2x.dcm"] == codes(report)["last.dcm"] == "DICOM_DECODE"
     assert report.images == 6
+
+
+def test_a_file_whose_worker_died_goes_to_an_idle_one(tmp_path, monkeypatch):
+    poison(tmp_path, monkeypatch, "time.sleep(0.5); os.abort()")
+    paths = [str(write(tmp_path, f"{n}.dcm", seed=n)) for n in range(2)]
+    (tmp_path / "poison").write_bytes(b"poison")
+    with WorkerPool(32, ("CR",), KEY, Limits(), 2) as workers:
+        found = dict(workers.examine([*paths, str(tmp_path / "poison")]))  # hangs where the idle one is forgotten
+    assert [found[n].code for n in range(3)] == ["", "", "DICOM_DECODE"]
+
+
+def test_a_file_that_hangs_is_given_up_and_not_remembered(tmp_path, monkeypatch):
+    poison(tmp_path, monkeypatch, "time.sleep(600)")
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    write(folder, "1.dcm", seed=1)
+    (folder / "2.dcm").write_bytes(b"poison")
+    write(folder, "3.dcm", seed=3)
+    report = load(folder, limits=Limits(seconds=2), cache=cache).report
+    assert codes(report) == {"1.dcm": "", "2.dcm": "DICOM_DECODE", "3.dcm": ""}
+    assert report.files[1].reason == pool.TIMED_OUT
+    assert not cache.exists()  # slow today is not slow for ever
 
 
 def big(folder: Path) -> Path:
@@ -362,17 +388,13 @@ def big(folder: Path) -> Path:
     return path
 
 
-def test_memory_and_time_are_limited_for_each_file(tmp_path):
+def test_memory_is_limited_for_each_file(tmp_path):
     write(tmp_path, "1.dcm", seed=1)
     write(tmp_path, "z.dcm", seed=2)
     big(tmp_path)
     assert codes(check_folder(tmp_path, ONE, workers=1)) == {"1.dcm": "", "big.dcm": "", "z.dcm": ""}
     small = check_folder(tmp_path, ONE, limits=Limits(memory_bytes=300 << 20), workers=1)
     assert codes(small) == {"1.dcm": "", "big.dcm": "DICOM_TOO_LARGE", "z.dcm": ""}
-    cache = tmp_path.parent / f"{tmp_path.name}.cache"
-    quick = load(tmp_path, limits=Limits(seconds=0.2), cache=cache).report
-    assert codes(quick) == {"1.dcm": "", "big.dcm": "DICOM_DECODE", "z.dcm": ""}
-    assert not cache.exists()  # slow today is not slow for ever
 
 
 def test_a_bomb_does_not_fill_the_worker(tmp_path):

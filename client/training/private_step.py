@@ -39,9 +39,11 @@ class _NoisyOptimizer(DPOptimizer):
         self.random, self.noise_std = random, options["noise_multiplier"] * clip_norm
 
     def clip_and_accumulate(self) -> None:
-        finite_N = torch.stack([g.flatten(1).isfinite().all(1) for g in self.grad_samples]).all(0)
-        for gradient in self.grad_samples:
-            gradient[~finite_N] = 0
+        norms_PN = [g.flatten(1).norm(dim=1) for g in self.grad_samples]  # NaN or infinite where any value is
+        finite_N = torch.stack(norms_PN).isfinite().all(0)
+        if not finite_N.all():
+            for gradient in self.grad_samples:
+                gradient[~finite_N] = 0
         super().clip_and_accumulate()
 
     def add_noise(self) -> None:
