@@ -13,10 +13,10 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fedmedgan.client.data import cache as image_cache
 from fedmedgan.client.data import labels as label_table
 from fedmedgan.client.data.folder import Entry, scan
 from fedmedgan.client.data.limits import Limits
@@ -32,6 +32,7 @@ patient's name."""
 
 MIN_KEY_BYTES = 16
 
+_ARRAYS = ("images", "labels", "patients")
 _PROBLEMS = {
     "DATA_UNSAFE_PATH": "not a regular file inside the folder",
     "DATA_PATH": "the sub-folder cannot be read",
@@ -111,12 +112,14 @@ def load_patients(
     if cache is None:
         found = _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)
     else:
+        from fedmedgan.client.data import cache as image_cache  # the coordinator has no safetensors
+
         state = image_cache.fingerprint(entries, labels, rules, limits)
-        known = _from_cache(cache, state, pseudonym_key)
+        known = _as_images(image_cache.read(cache, _ARRAYS, state, pseudonym_key))
         found = known or _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)
         # A file that was only slow today must not stay left out.
         if known is None and not any(file.reason == TIMED_OUT for file in found.report.files):
-            arrays = {"images": found.images_N1HW, "labels": found.labels_N, "patients": found.patient_N}
+            arrays = dict(zip(_ARRAYS, (found.images_N1HW, found.labels_N, found.patient_N), strict=True))
             image_cache.write(cache, arrays, found.report.to_json(), state, pseudonym_key)
     if not found.report.images:
         raise DataError("DATA_EMPTY", f"no usable image among {found.report.sentence()}", str(folder))
@@ -199,8 +202,8 @@ def _outcome(entry: Entry, result: Examined) -> FileOutcome:
     return FileOutcome(path, outcome, result.code, result.shape, result.pixel_sha256, used, result.reason)
 
 
-def _from_cache(path: Path, state: str, key: bytes) -> PatientImages | None:
-    known = image_cache.read(path, ("images", "labels", "patients"), state, key)
+def _as_images(known: tuple[dict[str, np.ndarray], dict[str, Any]] | None) -> PatientImages | None:
+    """What a cache held, None where it held nothing."""
     if known is None:
         return None
     arrays, values = known
@@ -208,4 +211,5 @@ def _from_cache(path: Path, state: str, key: bytes) -> PatientImages | None:
         report = FolderReport.from_json(values)
     except (KeyError, TypeError):
         return None
-    return PatientImages(arrays["images"], arrays["labels"], arrays["patients"], report.patients, report)
+    images, labels, patients = (arrays[name] for name in _ARRAYS)
+    return PatientImages(images, labels, patients, report.patients, report)
