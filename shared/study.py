@@ -66,8 +66,10 @@ class Gan(_Part):
     recipe: Literal["cdcgan"] = "cdcgan"
     latent: Annotated[int, Field(ge=2, le=1024)] = 64
     """Length of the latent vector."""
-    width: Annotated[int, Field(ge=4, le=256)] = 16
-    """Channels of the discriminator's first layer; doubled by each further one."""
+    generator_width: Annotated[int, Field(ge=4, le=256)] = 16
+    """Channels of the generator's finest layer; doubled by each coarser one."""
+    discriminator_width: Annotated[int, Field(ge=4, le=256)] = 8
+    """Channels of the discriminator's first layer; doubled by each further one. Noise grows with its weights."""
     norm: Literal["group", "none"] = "group"
     init_seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of the initial weights, which are public: every site starts from the same ones."""

@@ -22,7 +22,7 @@ def tiny_study(sites: int = 4, **sections):
         "round_timeout": 120.0,
         "sites": [{"name": f"site-{i}", "patients": 24, "weight": 1 + i % 2} for i in range(sites)],
         "images": {"size": 28},
-        "gan": {"width": 4, "latent": 8},
+        "gan": {"generator_width": 4, "discriminator_width": 4, "latent": 8},
         "training": {"rounds": 2, "local_steps": 2, "patients_per_step": 6},
         "privacy": {"delta": 0.01, "epsilon": 20.0},
     }

@@ -63,7 +63,7 @@ def batch(n: int, size: int = 28, seed: int = 0):
 
 
 def discriminator(size: int = 28, norm: str = "group", scale: float = 4.0) -> nn.Module:
-    network = cdcgan.build(Images(size=size), Gan(width=4, norm=norm))[1]
+    network = cdcgan.build(Images(size=size), Gan(discriminator_width=4, norm=norm))[1]
     with torch.no_grad():  # larger weights, larger gradients: some rows are clipped, some are not
         for p in network.parameters():
             p.mul_(scale)

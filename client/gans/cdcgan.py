@@ -1,8 +1,10 @@
 """Conditional DCGAN: noise and a label in, an image out.
 
-Radford et al. 2015 (DCGAN), Mirza & Osindero 2014 (conditional). Two choices serve privacy: no BatchNorm anywhere (in
-the discriminator it would mix patients), and the label enters the discriminator through class-specific output heads
-(one logit a class, the label picks one), which under DP-SGD learns far better than a label map at the input.
+Radford et al. 2015 (DCGAN), Mirza & Osindero 2014 (conditional). Three choices serve privacy: no BatchNorm anywhere (in
+the discriminator it would mix patients); the label enters the discriminator through class-specific output heads (one
+logit a class, the label picks one), which under DP-SGD learns far better than a label map at the input; and the generator
+doubles its grid by copying and convolving (Odena et al. 2016) instead of transposed convolutions, whose checkerboards a
+discriminator under noise never learns to see.
 
 Only the discriminator sees private images. A private record is one patient's image with its label.
 """
@@ -20,11 +22,11 @@ from fedmedgan.shared.study import Gan, Images
 MAX_WIDTH_FACTOR = 8
 
 
-def _shape(images: Images, gan: Gan) -> tuple[int, list[int]]:
-    """Side of the coarsest grid, and the discriminator's channels from fine to coarse."""
+def _shape(images: Images, width: int) -> tuple[int, list[int]]:
+    """Side of the coarsest grid, and channels from fine to coarse."""
     base = 7 if images.size == 28 else 4
     halvings = (images.size // base).bit_length() - 1
-    return base, [gan.width * min(2**i, MAX_WIDTH_FACTOR) for i in range(halvings)]
+    return base, [width * min(2**i, MAX_WIDTH_FACTOR) for i in range(halvings)]
 
 
 def _norm(gan: Gan, channels: int) -> nn.Module:
@@ -36,13 +38,14 @@ class Generator(nn.Module):
 
     def __init__(self, images: Images, gan: Gan) -> None:
         super().__init__()
-        self.base, channels = _shape(images, gan)
+        self.base, channels = _shape(images, gan.generator_width)
         self.classes, self.coarse = len(images.classes), channels[-1]
         self.project = nn.Linear(gan.latent + self.classes, self.coarse * self.base**2)
         blocks: list[nn.Module] = [_norm(gan, self.coarse), nn.LeakyReLU(0.2)]
-        for wide, narrow in zip(channels[:0:-1], channels[-2::-1], strict=True):
-            blocks += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1), _norm(gan, narrow), nn.LeakyReLU(0.2)]
-        blocks += [nn.ConvTranspose2d(channels[0], 1, 4, 2, 1), nn.Tanh()]
+        for wide, narrow in pairwise(channels[::-1]):
+            blocks += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, 1, 1), _norm(gan, narrow)]
+            blocks += [nn.LeakyReLU(0.2)]
+        blocks += [nn.Upsample(scale_factor=2), nn.Conv2d(channels[0], 1, 3, 1, 1), nn.Tanh()]
         self.upsample = nn.Sequential(*blocks)
 
     def forward(self, latent_NZ: Tensor, labels_N: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, images: Images, gan: Gan) -> None:
         super().__init__()
-        base, channels = _shape(images, gan)
+        base, channels = _shape(images, gan.discriminator_width)
         blocks: list[nn.Module] = [nn.Conv2d(1, channels[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for narrow, wide in pairwise(channels):
             blocks += [nn.Conv2d(narrow, wide, 4, 2, 1), _norm(gan, wide), nn.LeakyReLU(0.2)]
@@ -72,7 +75,17 @@ def build(images: Images, gan: Gan) -> tuple[Generator, Discriminator]:
     """Both networks with the study's initial weights: equal at every site, whatever the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(gan.init_seed)
-        return Generator(images, gan), Discriminator(images, gan)
+        networks = Generator(images, gan), Discriminator(images, gan)
+        for network in networks:
+            network.apply(_initialise)
+        return networks
+
+
+def _initialise(layer: nn.Module) -> None:
+    """Weights from N(0, 0.02), biases zero (Radford et al. 2015, section 4)."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.normal_(layer.weight, 0, 0.02)
+        nn.init.zeros_(layer.bias)
 
 
 def discriminator_losses(logits_N: Tensor, is_real_N: Tensor) -> Tensor:
