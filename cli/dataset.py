@@ -33,9 +33,7 @@ def dataset() -> None:
 def check(
     folder: Annotated[Path, typer.Argument(help="Folder of DICOM files; sub-folders are searched.")],
     study: Annotated[Path | None, typer.Option(help="Study whose rules and classes are used.")] = None,
-    modality: Annotated[
-        list[str] | None, typer.Option(help="Take this modality; may be given several times.")
-    ] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="Take this modality; may be given several times.")] = None,
 ) -> None:
     """Say for each file whether it would be used, and why not.
 
@@ -57,9 +55,7 @@ def _check(folder: Path, rules: Images) -> FolderReport:
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("Reading", total=None)
-        return check_folder(
-            folder, rules, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        return check_folder(folder, rules, progress=lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def _draw(report: FolderReport, console: Console) -> None:

@@ -1,12 +1,12 @@
 """The four-phase cycle as the coordinator sees it. It holds the study, opaque sums and no key of any kind.
 
-    case                                   what happens
-    a hospital fails, refuses or is late   left out; the others seal the same update for the smaller cohort
-    it comes back                          it is sent the sums that it missed, then takes part again
-    fewer than three hospitals are left    the run stops, RUN_QUORUM
-    ... because the budgets are spent      the cycle ends here, as agreed
-    two hospitals report different models  the run stops, MODEL_DIVERGED
-    the generator's loss has settled       the run ends before its last round
+case                                   what happens
+a hospital fails, refuses or is late   left out; the others seal the same update for the smaller cohort
+it comes back                          it is sent the sums that it missed, then takes part again
+fewer than three hospitals are left    the run stops, RUN_QUORUM
+... because the budgets are spent      the cycle ends here, as agreed
+two hospitals report different models  the run stops, MODEL_DIVERGED
+the generator's loss has settled       the run ends before its last round
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class Coordinator:
                 why = "; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items()))
                 what = f"{len(cohort)} of {len(self.study.sites)} hospitals are left in round {number} ({why})"
                 raise RunError("RUN_QUORUM", what, "round")
-            opened = RoundOpen(
-                study=self.study.hash, round=number, attempt=attempt, cohort=cohort, key_id=self.key_id
-            )
+            opened = RoundOpen(study=self.study.hash, round=number, attempt=attempt, cohort=cohort, key_id=self.key_id)
             self.log.write("round_opened", round=number, attempt=attempt, cohort=cohort)
             total = RoundSum(self.study, opened, update_blobs(self.study, self.parameters))
             began, adding = time.perf_counter(), 0.0

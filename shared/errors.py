@@ -101,7 +101,7 @@ HINTS: dict[str, str] = {
     # the run
     "RUN_PATH": "choose a folder that is new or empty",
     "RUN_QUORUM": "fewer than three hospitals took part; start again when they are back",
-    "RUN_DEVICE": "choose device = \"cpu\", or install the driver",
+    "RUN_DEVICE": 'choose device = "cpu", or install the driver',
     "RUN_EXTRA": "install the extra that is named",
     "RUN_FLOWER": "see the log in the run folder",
     "RUN_RECORD": "the run folder was edited or damaged, or is not of this version; simulate again",

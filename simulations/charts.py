@@ -350,4 +350,3 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     width, height = figure.get_figwidth() * 72, figure.get_figheight() * 72
     opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}" class="chart">'
     return opening + svg[svg.index(">") + 1 :].strip()
-

@@ -227,9 +227,7 @@ def _draw(person: Anatomy, labels_N: Integers, size: int, rng: np.random.Generat
     round_breast = np.square((across - 0.46) / 0.34) + np.square((y - 0.38) / 0.30)
 
     density = tissue - air + open_lung * vessels + 0.10 * mediastinum * body
-    density += (
-        bones - trachea + belly - a["stomach"] * _bump(bubble, 1.0) + a["breast"] * _bump(round_breast, 1.0)
-    )
+    density += bones - trachea + belly - a["stomach"] * _bump(bubble, 1.0) + a["breast"] * _bump(round_breast, 1.0)
 
     # Exposure, then quantum noise, which is stronger where less radiation came through.
     shown = np.clip(density, 0, 1.2) * per_image(0.88, 1.10) + per_image(-0.05, 0.05)
@@ -241,9 +239,7 @@ def _filled(a: dict[str, Floats], labels_N: Integers, x: Floats, y: Floats) -> F
     """Fraction of the air that opacities replace, shape (N, size, size)."""
     clear = np.ones_like(x)
     for k in range(MOST_PATCHES):
-        px, py, size, shape, strength = (
-            a[f"patch_{name}"][..., k] for name in ("x", "y", "size", "shape", "strength")
-        )
+        px, py, size, shape, strength = (a[f"patch_{name}"][..., k] for name in ("x", "y", "size", "shape", "strength"))
         u, v = (x - px) / (size * shape), (y - py) / (size / shape)
         ragged = 0.25 * np.sin(3.1 * u + 17 * px) * np.cos(2.7 * v + 23 * py) + 0.12 * np.sin(5 * u - 4 * v)
         patch = _step(1.0 - np.sqrt(u * u + v * v) + ragged, 1.1)

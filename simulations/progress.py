@@ -173,9 +173,7 @@ class _State:
             trained = self._last(site.name, rounds)
             spent = trained.epsilon if trained else 0.0
             ceiling = trained.ceiling if trained else self.study.privacy.epsilon
-            bar = ProgressBar(
-                total=ceiling, completed=spent, width=30, complete_style="yellow", finished_style="red"
-            )
+            bar = ProgressBar(total=ceiling, completed=spent, width=30, complete_style="yellow", finished_style="red")
             note = Text("missing", style="red") if site.name in self.missing else Text("")
             table.add_row(Text(f"  {site.name}"), bar, Text(f"epsilon {spent:.2f} of {ceiling:g}"), note)
         return Group(table, Text(self.last_round, style="dim")) if self.last_round else table

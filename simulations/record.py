@@ -215,14 +215,7 @@ class Trouble:
 
 
 CoordinatorEvent = (
-    RunOpened
-    | RoundOpened
-    | UpdateAccepted
-    | SiteMissing
-    | RoundAggregated
-    | RoundApplied
-    | NodeRefused
-    | RunClosed
+    RunOpened | RoundOpened | UpdateAccepted | SiteMissing | RoundAggregated | RoundApplied | NodeRefused | RunClosed
 )
 HospitalEvent = DataLoaded | Trained | Encrypted | Updated | Trouble
 

@@ -270,12 +270,8 @@ def test_flipped_ciphertexts_never_crash_a_parser():
 
 
 def test_the_server_refuses_every_context_with_a_key():
-    context = tenseal.context(
-        tenseal.SCHEME_TYPE.BFV, N, plain_modulus=PLAIN_MODULUS, coeff_mod_bit_sizes=[60, 20]
-    )
-    nothing = dict.fromkeys(
-        ("save_public_key", "save_secret_key", "save_galois_keys", "save_relin_keys"), False
-    )
+    context = tenseal.context(tenseal.SCHEME_TYPE.BFV, N, plain_modulus=PLAIN_MODULUS, coeff_mod_bit_sizes=[60, 20])
+    nothing = dict.fromkeys(("save_public_key", "save_secret_key", "save_galois_keys", "save_relin_keys"), False)
     refuse_keys(context.serialize(**nothing))  # parameters only
     for key in ("save_public_key", "save_secret_key", "save_relin_keys"):
         with pytest.raises(CryptoError, match="HE_SECRET_AT_SERVER"):
@@ -389,9 +385,7 @@ def test_no_flipped_bit_is_accepted(place, bit):
 FRAME = a_frame()[1]
 
 
-@pytest.mark.parametrize(
-    "change", [{"study_hash": "ab"}, {"study_hash": "xy" * 32}, {"key_id": "abc"}, {"round": -1}]
-)
+@pytest.mark.parametrize("change", [{"study_hash": "ab"}, {"study_hash": "xy" * 32}, {"key_id": "abc"}, {"round": -1}])
 def test_binding_that_does_not_fit_its_field(change):
     with pytest.raises(CryptoError, match="HE_CT_STUDY"):
         frame([b"x"], kind="update", **{**BINDING, **change})

@@ -58,7 +58,7 @@ def test_a_study_is_never_overwritten(study):
         ("rounds = 10", "rounds = -5", "CONFIG_RANGE"),
         ("size = 64", "size = 63", "CONFIG_RANGE"),
         ('name = "west"', 'name = "north"', "STUDY_ROSTER"),
-        ("weight = 1\n\n[[sites]]\nname = \"south\"", "weight = 2000\n\n[[sites]]\nname = \"south\"", "CONFIG_RANGE"),
+        ('weight = 1\n\n[[sites]]\nname = "south"', 'weight = 2000\n\n[[sites]]\nname = "south"', "CONFIG_RANGE"),
     ],
 )
 def test_bad_studies(study, tmp_path, old, new, code):

@@ -332,9 +332,7 @@ def test_every_edit_is_seen_and_nothing_is_repaired(path, edit):
     assert path.read_bytes() == edited
 
 
-@pytest.mark.parametrize(
-    "text", [b"PK\x03\x04 some other file", b"{}", b"\x89PNG", b'{"body":{"' + b"x" * 70_000]
-)
+@pytest.mark.parametrize("text", [b"PK\x03\x04 some other file", b"{}", b"\x89PNG", b'{"body":{"' + b"x" * 70_000])
 def test_a_file_that_is_no_ledger_is_left_alone(path, text):
     path.write_bytes(text)
     refused("LEDGER_CORRUPT", Ledger, path, "clinic-a")
@@ -399,9 +397,7 @@ def test_a_file_changed_while_it_is_open_is_noticed(path):
 
 @pytest.mark.parametrize("name", ["write", "fsync"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_after_a_failed_write_the_file_still_verifies_and_nothing_more_is_written(
-    path, monkeypatch, name, number
-):
+def test_after_a_failed_write_the_file_still_verifies_and_nothing_more_is_written(path, monkeypatch, name, number):
     """The disk's own failures cannot be made on demand, so the system call is made to fail."""
     with opened(path) as ledger:
         seq = ledger.reserve(STUDY, 1, [EVENT])

@@ -14,10 +14,7 @@ from fedmedgan.shared.secure_sum.keys import generate_identity
 from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS
 
 SITES = [generate_identity() for _ in range(6)]
-SECRETS = [
-    {j: a.shared_secret(b.exchange_public) for j, b in enumerate(SITES) if j != i}
-    for i, a in enumerate(SITES)
-]
+SECRETS = [{j: a.shared_secret(b.exchange_public) for j, b in enumerate(SITES) if j != i} for i, a in enumerate(SITES)]
 CONTEXT = b"study|key|7|1"
 
 

@@ -160,9 +160,7 @@ def test_the_honest_sum_is_opened():
 def test_manipulation_is_refused(name):
     with pytest.raises(CryptoError) as caught:
         open_(MANIPULATIONS[name][0]())
-    assert str(caught.value) == str(CryptoError("ROUND_REJECTED", proof.REJECTED)), (
-        "no slot, no site, no reason"
-    )
+    assert str(caught.value) == str(CryptoError("ROUND_REJECTED", proof.REJECTED)), "no slot, no site, no reason"
 
 
 @pytest.mark.parametrize("name", [n for n, (_, check) in MANIPULATIONS.items() if check == "tags"])

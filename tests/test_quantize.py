@@ -180,9 +180,7 @@ def test_mean_is_that_of_the_sites_that_are_in(weights, bits, seed):
     assert np.abs(mean - true).max() <= plan.step * (1 + 1e-6)
     # The slow way, one value at a time, gives the same bits.
     middle = (plan.levels - 1) // 2
-    slow = [
-        np.float32(float(int(s) - sum(weights) * middle) * (plan.step / sum(weights))) for s in sums.tolist()
-    ]
+    slow = [np.float32(float(int(s) - sum(weights) * middle) * (plan.step / sum(weights))) for s in sums.tolist()]
     assert mean.tolist() == [float(v) for v in slow]
 
 

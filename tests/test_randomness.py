@@ -38,9 +38,7 @@ def test_uniforms_are_uniform(source):
     assert float(x.max()) < 1
     assert stats.kstest(x.numpy(), "uniform").pvalue > ALARM
     low_bits = torch.bincount((x * 2.0**53).long() % 64, minlength=64)
-    assert stats.chisquare(low_bits.numpy()).pvalue > ALARM, (
-        "the last of the 53 bits are as random as the first"
-    )
+    assert stats.chisquare(low_bits.numpy()).pvalue > ALARM, "the last of the 53 bits are as random as the first"
 
 
 def test_normals_are_normal(source):

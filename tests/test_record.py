@@ -394,9 +394,7 @@ def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_events_out_of_order_are_refused(
-    tmp_path: Path, orders: list[tuple[str, dict[str, Any]]], line: str
-) -> None:
+def test_events_out_of_order_are_refused(tmp_path: Path, orders: list[tuple[str, dict[str, Any]]], line: str) -> None:
     run = RunWriter(tmp_path)
     for event, fields in orders:
         extra = {"attempt": 1} if event == "update_accepted" else {}

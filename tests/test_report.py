@@ -297,7 +297,9 @@ def test_a_given_folder_makes_the_page_confidential(run_folder: Path) -> None:
 def test_a_run_that_broke_off_is_not_called_complete(run_folder: Path) -> None:
     lines = (run_folder / "events.jsonl").read_text().splitlines()
     cut = next(i for i, line in enumerate(lines) if '"round_applied", "round": 3' in line)
-    (run_folder / "events.jsonl").write_text("\n".join([*lines[: cut + 1], lines[-1].replace('"reason": "rounds"', '"reason": "failed"')]) + "\n")
+    (run_folder / "events.jsonl").write_text(
+        "\n".join([*lines[: cut + 1], lines[-1].replace('"reason": "rounds"', '"reason": "failed"')]) + "\n"
+    )
     page = page_of(run_folder)
     assert "The run broke off with an error" in page.words()
     assert "in 3 rounds of 5" in page.words()

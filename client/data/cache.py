@@ -65,9 +65,7 @@ def write(path: Path, arrays: Arrays, report: dict[str, Any], fingerprint: str, 
             temporary.unlink(missing_ok=True)
 
 
-def read(
-    path: Path, names: Sequence[str], fingerprint: str, key: bytes
-) -> tuple[Arrays, dict[str, Any]] | None:
+def read(path: Path, names: Sequence[str], fingerprint: str, key: bytes) -> tuple[Arrays, dict[str, Any]] | None:
     """Arrays and report of a cache; None where it is absent, damaged, of another key or of other files."""
     try:
         with safe_open(path, framework="np") as file:

@@ -62,9 +62,7 @@ class WorkerPool:
         RunError: RUN_EXTRA, the DICOM libraries are not installed or do not start.
     """
 
-    def __init__(
-        self, size: int, modalities: Sequence[str], key: bytes, limits: Limits, workers: int
-    ) -> None:
+    def __init__(self, size: int, modalities: Sequence[str], key: bytes, limits: Limits, workers: int) -> None:
         for name in ("pydicom", "PIL"):
             if importlib.util.find_spec(name) is None:
                 raise _not_installed(f"{name} is not installed")

@@ -146,9 +146,7 @@ def _measure(
     )
 
 
-def split_patients(
-    patient_N: Any, holdout_fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_patients(patient_N: Any, holdout_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows for training and rows held out, no patient in both.
 
     Args:

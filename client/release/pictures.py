@@ -76,9 +76,7 @@ def film_strip(frames: list[tuple[str, Image.Image]]) -> Image.Image:
     text_height = max(round(box[3]) for box in boxes)
     widths = [max(picture.width, round(box[2])) for box, (_, picture) in zip(boxes, frames, strict=True)]
     height = max(picture.height for _, picture in frames)
-    strip = Image.new(
-        "L", (sum(widths) + MARGIN * (len(frames) + 1), text_height + height + 3 * MARGIN), PAPER
-    )
+    strip = Image.new("L", (sum(widths) + MARGIN * (len(frames) + 1), text_height + height + 3 * MARGIN), PAPER)
     pen, left = ImageDraw.Draw(strip), MARGIN
     for width, (caption, picture) in zip(widths, frames, strict=True):
         pen.multiline_text((left, MARGIN), caption, fill=INK, font=font)

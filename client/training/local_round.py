@@ -37,10 +37,10 @@ class Losses:
 class PatientSampler:
     """Draws Poisson batches of patients, one image of each.
 
-        case                    result
-        nobody is drawn         arrays of length 0
-        a patient has 9 images  each is drawn with chance 1/9, given that the patient is
-        q = 1                   every patient, every step
+    case                    result
+    nobody is drawn         arrays of length 0
+    a patient has 9 images  each is drawn with chance 1/9, given that the patient is
+    q = 1                   every patient, every step
     """
 
     def __init__(self, patients: PatientImages, sampling_rate: float, random: RandomSource) -> None:

@@ -122,9 +122,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
     # The rough bound is never below PLD and is far faster: where it is content, the search begins, downwards.
     high = _smallest(lambda thousandths: enough(thousandths, _rough_bound), least - 1, most)
     if not enough(high):
-        raise PrivacyError(
-            "PRIVACY_RANGE", f"even noise {MAX_NOISE:g} does not keep epsilon {epsilon}", "epsilon"
-        )
+        raise PrivacyError("PRIVACY_RANGE", f"even noise {MAX_NOISE:g} does not keep epsilon {epsilon}", "epsilon")
     stride = max(1, high // 32)
     low = high - stride
     while low >= least and enough(low):
@@ -166,9 +164,7 @@ def _epsilon_pld(events: tuple[TrainingSteps, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_rdp(
-    events: tuple[TrainingSteps, ...], delta: float, orders: tuple[int, ...] | None = None
-) -> float:
+def _epsilon_rdp(events: tuple[TrainingSteps, ...], delta: float, orders: tuple[int, ...] | None = None) -> float:
     if not events:
         return 0.0
     accountant = RdpAccountant(orders, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -176,9 +172,7 @@ def _epsilon_rdp(
         return _compose(accountant, events, delta)
 
 
-def _compose(
-    accountant: dp_accounting.PrivacyAccountant, events: tuple[TrainingSteps, ...], delta: float
-) -> float:
+def _compose(accountant: dp_accounting.PrivacyAccountant, events: tuple[TrainingSteps, ...], delta: float) -> float:
     for event in events:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         one_step = dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)

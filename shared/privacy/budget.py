@@ -129,9 +129,7 @@ class Budget:
             self._preview(self.ledger.spent(), planned, self.total_ceiling),
         )
 
-    def _preview(
-        self, spent: Iterable[TrainingSteps], planned: Iterable[TrainingSteps], ceiling: float
-    ) -> Decision:
+    def _preview(self, spent: Iterable[TrainingSteps], planned: Iterable[TrainingSteps], ceiling: float) -> Decision:
         return preview(spent, planned, delta=self.delta, ceiling=ceiling, accountants=self.accountants)
 
     @contextmanager

@@ -287,9 +287,7 @@ class Ledger:
 
     def _settle(self, kind: str, reservation: int, **fields: Any) -> None:
         if reservation not in self._own_reservations:
-            raise PrivacyError(
-                "LEDGER_STATE", f"{kind}: not an open reservation of this process", self.path.name
-            )
+            raise PrivacyError("LEDGER_STATE", f"{kind}: not an open reservation of this process", self.path.name)
         study = self.history.records[reservation - 1].body["study"]
         self._append(kind, study, reserve=reservation, **fields)
         self._own_reservations.discard(reservation)
@@ -354,9 +352,7 @@ class Ledger:
 
 def _open_locked(path: Path) -> int:
     try:
-        file = os.open(
-            path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
-        )
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         raise _unwritable(error, path) from None
     try:
@@ -458,11 +454,7 @@ def _number(value: Any) -> bool:
 
 def _event_list(value: Any) -> bool:
     try:
-        return (
-            isinstance(value, list)
-            and all(TrainingSteps.from_dict(v).steps > 0 for v in value)
-            and len(value) > 0
-        )
+        return isinstance(value, list) and all(TrainingSteps.from_dict(v).steps > 0 for v in value) and len(value) > 0
     except PrivacyError:
         return False
 

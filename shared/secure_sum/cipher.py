@@ -284,9 +284,7 @@ def max_frame_bytes(n_blobs: int, kind: Kind) -> int:
     return _HEADER.size + n_blobs * (4 + _BLOB_BYTES[kind][1]) + _DIGEST_BYTES
 
 
-def frame(
-    blobs: Sequence[bytes], *, study_hash: str, round: int, attempt: int, key_id: str, kind: Kind
-) -> bytes:
+def frame(blobs: Sequence[bytes], *, study_hash: str, round: int, attempt: int, key_id: str, kind: Kind) -> bytes:
     """Ciphertexts as one message: header, lengths, ciphertexts, SHA-256 over all of it (FIPS 180-4).
 
     The digest finds damage; that nobody else made the message is for the signature over it.
