@@ -64,9 +64,8 @@ def prepare(
         for number, site in enumerate(study.sites):
             home = home_of(run_folder, site.name)
             identities[site.name].with_epoch(*epoch).save(home / "keys")
-            folder = data.get(site.name)
-            if folder is None:
-                folder = home / PHANTOMS
+            folder = data.get(site.name, home / PHANTOMS)
+            if site.name not in data:
                 vendor = phantoms.vendor_for(number)
                 phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor)
             _write_policy(home, site.name, folder.resolve(), study, device)

@@ -2,9 +2,9 @@
 
 Radford et al. 2015 (DCGAN), Mirza & Osindero 2014 (conditional). Three choices serve privacy: no BatchNorm anywhere (in
 the discriminator it would mix patients); the label enters the discriminator through class-specific output heads (one
-logit a class, the label picks one), which under DP-SGD learns far better than a label map at the input; and the generator
-doubles its grid by copying and convolving (Odena et al. 2016) instead of transposed convolutions, whose checkerboards a
-discriminator under noise never learns to see.
+logit a class, the label picks one), which under DP-SGD learns far better than a label map at the input; and the
+generator doubles its grid by copying and convolving (Odena et al. 2016) instead of transposed convolutions, whose
+checkerboards a discriminator under noise never learns to see.
 
 Only the discriminator sees private images. A private record is one patient's image with its label.
 """
@@ -85,7 +85,8 @@ def _initialise(layer: nn.Module) -> None:
     """Weights from N(0, 0.02), biases zero (Radford et al. 2015, section 4)."""
     if isinstance(layer, nn.Conv2d | nn.Linear):
         nn.init.normal_(layer.weight, 0, 0.02)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def discriminator_losses(logits_N: Tensor, is_real_N: Tensor) -> Tensor:
