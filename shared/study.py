@@ -79,13 +79,13 @@ class Training(_Part):
     """What one hospital does in one round."""
 
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 10
-    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 30
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Private discriminator steps a round."""
-    patients_per_step: Annotated[int, Field(ge=1, le=100_000)] = 16
+    patients_per_step: Annotated[int, Field(ge=1, le=100_000)] = 32
     """Expected patients in one Poisson batch; also the fixed number of fakes, and what sums are divided by."""
-    discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 2
+    discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 5
     """Discriminator steps for each generator step."""
-    discriminator_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    discriminator_lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
     generator_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -23,7 +23,7 @@ def test_defaults_give_a_valid_study_with_a_stable_hash():
     assert s.hash == study().hash
     assert re.fullmatch("[0-9a-f]{64}", s.hash)
     assert s.total_steps == s.training.rounds * s.training.local_steps
-    assert s.sampling_rate(s.sites[0]) == 16 / 120
+    assert s.sampling_rate(s.sites[0]) == 32 / 120
 
 
 def test_the_hash_survives_a_round_trip_through_json():
