@@ -1,4 +1,4 @@
-"""The simulated consortium as a Flower app: run by `fedmedgan simulate`, and by ``flwr run .`` with default settings.
+"""The simulated consortium as a Flower app: run by `fedmedgan simulate`, and by ``flwr run .``.
 
 Messages, crypto and ledger are the deployed ones; only the place of the home folders differs.
 """
@@ -114,7 +114,7 @@ def _log_to(path: Path) -> None:
     logger.propagate = False
 
 
-# ---- `flwr run .`: default study, one folder a run under ~/fedmedgan-runs unless `runs-folder` says otherwise
+# ---- `flwr run .`: settings are in pyproject.toml, [tool.flwr.app.config]
 
 
 def _flwr_run_folder(context: Context) -> Path:
@@ -134,8 +134,13 @@ client_app = client.make_app(_flwr_home)
 
 @server_app.main()
 def _main(grid: Grid, context: Context) -> None:
+    study = load(Path(str(context.run_config.get("study") or DEFAULT_STUDY)))
+    nodes, sites = len(list(grid.get_node_ids())), len(study.sites)
+    if nodes < sites:
+        hint = f"flwr run . --federation-config 'num-supernodes={sites} client-resources-num-cpus=1'"
+        raise RunError("RUN_QUORUM", f"{nodes} SuperNodes for {sites} hospitals", "flwr run", hint=hint)
     run_folder = _flwr_run_folder(context)
-    study = consortium.prepare(load(DEFAULT_STUDY), run_folder, {})
+    study = consortium.prepare(study, run_folder, {})
     consortium.read_data(run_folder, study)
     Coordinator(grid, study, run_folder).run()
     print(f"report: {report.write(run_folder)}")

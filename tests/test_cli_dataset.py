@@ -101,7 +101,7 @@ def test_modalities_can_be_chosen(folder):
 
 
 def test_a_study_brings_its_rules(folder, tmp_path):
-    sites = "".join(f'[[sites]]\nname = "s{n}"\npatients = 20\n' for n in range(3))
+    sites = "".join(f'[[sites]]\nname = "s{n}"\npatients = 99\n' for n in range(3))
     study = tmp_path / "study.toml"
     study.write_text(f'name = "x"\n{sites}\n[images]\nclasses = ["sub", "b"]\nmodalities = ["CR", "MR"]\n')
     data = check_json(str(folder), "--study", str(study))
