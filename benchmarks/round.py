@@ -86,12 +86,14 @@ def _shares(study: Study, folder: Path) -> list[dict]:
     for number in range(1, ROUNDS + 1):
         training, outside = [], []
         for site in study.sites:
-            events = [json.loads(e) for e in (consortium.home_of(folder, site.name) / "events.jsonl").open()]
+            events = [
+                json.loads(e) for e in (consortium.home_of(folder, site.name) / "events.jsonl").read_text().splitlines()
+            ]
             mine = {e["event"]: e for e in events if e.get("round") == number}
             training.append(mine["trained"]["seconds"])
             parts = [*mine["encrypted"]["seconds"].values(), *mine["updated"]["seconds"].values()]
             outside.append(mine["trained"]["quantize_seconds"] + sum(parts))
-        events = [json.loads(e) for e in (folder / "events.jsonl").open()]
+        events = [json.loads(e) for e in (folder / "events.jsonl").read_text().splitlines()]
         added = next(e for e in events if e["event"] == "round_aggregated" and e["round"] == number)
         update = next(e for e in events if e["event"] == "update_accepted" and e["round"] == number)
         rows.append(

@@ -76,7 +76,7 @@ def test_every_hospital_holds_the_same_model_and_it_moved(finished):
 
 def test_the_dropout_was_left_out_uncharged_and_came_back(finished):
     folder, _ = finished
-    events = [json.loads(line) for line in (folder / "events.jsonl").open()]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     aggregated = {e["round"]: e for e in events if e["event"] == "round_aggregated"}
     assert aggregated[1]["attempt"] == 2
     assert "site-3" not in aggregated[1]["cohort"]
@@ -170,4 +170,4 @@ else:
 
 def nodes_of_hospitals(folder: Path) -> int:
     """On how many Ray nodes hospitals worked."""
-    return len({json.loads(line)["node"] for line in (folder / "placement.jsonl").open()})
+    return len({json.loads(line)["node"] for line in (folder / "placement.jsonl").read_text().splitlines()})
