@@ -46,7 +46,7 @@ HINTS: dict[str, str] = {
     "DICOM_MISSING": "export the file again with the image pixel module complete",
     "DICOM_GEOMETRY": "rows and columns must be positive",
     "DICOM_FRAMES": "the number of frames must be a positive integer",
-    "DICOM_TOO_LARGE": "raise the limit in the hospital's policy if the file is genuine",
+    "DICOM_TOO_LARGE": "export a smaller file; the limits protect the memory of the machine that reads it",
     "DICOM_BITS": "bits allocated and stored must agree",
     "DICOM_PIXEL_LENGTH": "export the file again; its pixel data does not match rows, columns and frames",
     "DICOM_PIXEL_VALUES": "the image holds no information: constant, or not finite",
