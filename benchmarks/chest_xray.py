@@ -198,7 +198,7 @@ def simulate(work: Path, study: Study, device: str) -> None:
     """Run ``fedmedgan simulate`` on the four folders, into ``run/``."""
     file = work / "study.toml"
     file.write_text(to_toml(study), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("fedmedgan")), "simulate", str(file), "--device", device]
+    command = [str(Path(sys.executable).with_name("fedmedgan")), "simulate", str(file), "--arms", "--device", device]
     for site in SITES:
         command += ["--data", f"{site}={work / 'sites' / site}"]
     subprocess.run([*command, "--out", str(work / "run")], check=True)

@@ -27,7 +27,10 @@ def simulate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty; default runs/NAME-TIME.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Instead of the study's number of rounds.")] = None,
-    arms: Annotated[bool, typer.Option(help="Train the comparison arms as well.")] = True,
+    arms: Annotated[
+        bool | None,
+        typer.Option(help="Train comparison arms, one WITHOUT privacy. Default: on phantoms yes, with --data no."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     ray_address: Annotated[
         str | None, typer.Option(help="Use this Ray cluster, e.g. 127.0.0.1:6379, instead of a local one.")
@@ -36,7 +39,7 @@ def simulate(
         list[str] | None, typer.Option(help="site@round: that hospital dies in that round, to see what happens.")
     ] = None,
     insecure_seed: Annotated[
-        int | None, typer.Option(help="Repeatable noise. The result is NOT private, and is marked so.")
+        int | None, typer.Option(min=0, help="Repeatable noise. The result is NOT private, and is marked so.")
     ] = None,
 ) -> None:
     """Run a whole consortium on this machine and write a report.
@@ -59,7 +62,7 @@ def simulate(
     drops = []
     for site, number in (_pair(d, "@", "--drop") for d in drop or []):
         study.index(site)
-        if not number.isdigit():
+        if not number.isdecimal():
             raise StudyError("CONFIG_TYPE", f"{number!r} is not a round", "--drop", hint="give site@round, like west@3")
         drops.append((site, int(number)))
     run_folder = out or Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -68,7 +71,7 @@ def simulate(
         run_folder,
         folders,
         test_folders=test or [],
-        arms=arms,
+        arms=not folders if arms is None else arms,
         device=device,
         ray_address=ray_address,
         drops=drops,

@@ -12,12 +12,15 @@ from rich.table import Table
 
 from fedmedgan.cli import output
 from fedmedgan.shared.errors import RunError
-from fedmedgan.shared.privacy.accounting import calibrate_noise, epsilon_pld
+from fedmedgan.shared.privacy.accounting import calibrate_noise, epsilon_after_rounds
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.secure_sum.cipher import max_frame_bytes
 from fedmedgan.shared.secure_sum.proof import update_blobs
 from fedmedgan.shared.study import Study, load
 from fedmedgan.simulations import DEFAULT_STUDY
+
+CURVE_POINTS = 50
+"""Rounds for which epsilon is worked out, at most."""
 
 app = typer.Typer(help="The agreement: write, check, show.", no_args_is_help=True)
 
@@ -93,16 +96,16 @@ def _cost(study: Study) -> dict:
 
     n = parameters(study)
     blobs = update_blobs(study, n)
+    last = study.training.rounds
+    rounds = sorted({1 + i * (last - 1) // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)})
     sites = []
     for site in study.sites:
         rate = study.sampling_rate(site)
         sigma = calibrate_noise(
             epsilon=study.privacy.epsilon, delta=study.privacy.delta, sampling_rate=rate, steps=study.total_steps
         )
-        curve = [
-            epsilon_pld([TrainingSteps(sigma, rate, r * study.training.local_steps)], study.privacy.delta)
-            for r in range(1, study.training.rounds + 1)
-        ]
+        one_round = TrainingSteps(sigma, rate, study.training.local_steps)
+        curve = [epsilon for _, epsilon in epsilon_after_rounds(one_round, rounds, study.privacy.delta)]
         sites.append(
             {
                 "name": site.name,
@@ -114,6 +117,7 @@ def _cost(study: Study) -> dict:
             }
         )
     return {
+        "rounds": rounds,
         "sites": sites,
         "parameters": n,
         "bytes_up": max_frame_bytes(blobs, "update"),

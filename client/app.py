@@ -6,8 +6,10 @@ the hospital's own; nothing that the coordinator sends can change it.
 
 from __future__ import annotations
 
+import fcntl
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -28,23 +30,30 @@ def make_app(
     app = ClientApp(mods=mods)
 
     def answer(message: Message, context: Context, reply: Callable[[Hospital, Envelope], Envelope]) -> Message:
-        home = home_of(context)
+        try:
+            home = home_of(context)
+            with _one_at_a_time(home):
+                sealed = _answer(home, message, reply)
+        except Exception as error:  # without keys or study nobody can sign a refusal; Flower would send the text on
+            raise RuntimeError(error.code if isinstance(error, FedMedGanError) else "RUN_CRASHED") from None
+        return Message(sealed.to_record(), reply_to=message)
+
+    def _answer(home: Path, message: Message, reply: Callable[[Hospital, Envelope], Envelope]) -> Envelope:
         log = EventLog(home / "events.jsonl")
+        hospital = None
         try:
             hospital = Hospital(home, insecure_seed=insecure_seed)
-        except Exception as error:  # without keys and study there is nobody to sign a refusal
-            log.write("failed", error=traceback.format_exc())
-            code = error.code if isinstance(error, FedMedGanError) else "RUN_CRASHED"
-            raise RuntimeError(code) from None
-        try:
-            sealed = reply(hospital, Envelope.from_record(message.content, MAX_PAYLOAD_BYTES))
+            return reply(hospital, Envelope.from_record(message.content, MAX_PAYLOAD_BYTES))
         except FedMedGanError as error:
             log.write("refused", error=error.line())
-            sealed = refuse(hospital, error.code)
+            if hospital is None:
+                raise
+            return refuse(hospital, error.code)
         except Exception:  # the text of an unknown error may hold patient data: it stays here, in the hospital's log
             log.write("failed", error=traceback.format_exc())
-            sealed = refuse(hospital, "RUN_CRASHED")
-        return Message(sealed.to_record(), reply_to=message)
+            if hospital is None:
+                raise
+            return refuse(hospital, "RUN_CRASHED")
 
     @app.query()
     def roll(message: Message, context: Context) -> Message:
@@ -68,9 +77,19 @@ def make_app(
     return app
 
 
+@contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    """Two messages for one hospital are answered one after the other: the second sees what the first wrote."""
+    with (home / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def refuse(hospital: Hospital, code: str) -> Envelope:
-    """A signed no: the code goes out, the words stay in."""
-    header = Refusal(study=hospital.study.hash, hospital=hospital.site.name, code=code)
+    """A signed no: a code goes out, the words stay in. What is wrong with the data is one code: it may hang on one
+    patient."""
+    public = "DATA_REFUSED" if code.startswith(("DATA_", "DICOM_", "CONFIG_")) else code
+    header = Refusal(study=hospital.study.hash, hospital=hospital.site.name, code=public)
     return Envelope.seal(header, hospital.keys.signing)
 
 

@@ -39,17 +39,22 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], **notes: str | int) -> s
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     digest = content_hash(contiguous)
     metadata = {"sha256": digest, "notes": json.dumps(notes, sort_keys=True)}
+    write_bytes(path, safetensors_save(contiguous, metadata=metadata))
+    return digest
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file as a whole, mode 0600: after a crash it is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(safetensors_save(contiguous, metadata=metadata))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return digest
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, str | int]]:

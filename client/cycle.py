@@ -9,6 +9,7 @@ Everything that a hospital knows lies in its home folder, so a message can be an
     model.safetensors      the shared model and its round    client/checkpoint.py
     optimizers.safetensors its own Adam states
     update.safetensors     the update of the open round, until its sum was applied
+    attempt.json           for which cohort it was sealed last
     cache/, samples/, events.jsonl
 """
 
@@ -32,9 +33,18 @@ from fedmedgan.client.release import pictures
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
-from fedmedgan.shared.errors import DataError, MessageError, ModelError, RunError, StudyError
+from fedmedgan.shared.errors import DataError, FedMedGanError, MessageError, ModelError, RunError, StudyError
 from fedmedgan.shared.eventlog import EventLog
-from fedmedgan.shared.messages import Applied, Certificate, Envelope, Present, RoundOpen, Update, open_certificate
+from fedmedgan.shared.messages import (
+    MAX_LOSS,
+    Applied,
+    Certificate,
+    Envelope,
+    Present,
+    RoundOpen,
+    Update,
+    open_certificate,
+)
 from fedmedgan.shared.privacy.accounting import calibrate_noise
 from fedmedgan.shared.privacy.budget import Budget
 from fedmedgan.shared.privacy.events import TrainingSteps
@@ -43,9 +53,12 @@ from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.secure_sum.quantize import plan_for
-from fedmedgan.shared.study import Study, from_dict
+from fedmedgan.shared.study import Study, from_agreed
 
 SAMPLE_COLUMNS = 8
+ATTEMPT = "attempt.json"
+STATE = ("model.safetensors", "optimizers.safetensors", "update.safetensors", ATTEMPT, "samples")
+"""What belongs to one study in a home folder, beside study.json."""
 
 
 def join(home: Path, study: Study) -> None:
@@ -69,8 +82,21 @@ def join(home: Path, study: Study) -> None:
     )
     with Ledger(home / "ledger.jsonl", site.name) as ledger:
         ledger.open_study(study.hash, delta=study.privacy.delta, ceiling=study.privacy.epsilon)
-    text = json.dumps({"study": study.model_dump(mode="json"), "hash": study.hash, "noise_multiplier": sigma})
-    (home / "study.json").write_text(text, encoding="utf-8")
+    _put_away(home, study)
+    agreed = {"study": study.model_dump(mode="json"), "hash": study.hash, "noise_multiplier": sigma}
+    checkpoint.write_bytes(home / "study.json", json.dumps(agreed).encode())
+
+
+def _put_away(home: Path, study: Study) -> None:
+    """Move the state of an earlier study to ``past/<hash>``: ledger, keys and cache serve every study."""
+    known = home / "study.json"
+    earlier = json.loads(known.read_text(encoding="utf-8"))["hash"] if known.exists() else study.hash
+    if earlier != study.hash:
+        past = home / "past" / earlier[:16]
+        past.mkdir(parents=True)
+        for name in (*STATE, "study.json"):  # the agreement last: a crash before it repeats this
+            if (home / name).exists():
+                (home / name).rename(past / name)
 
 
 class Hospital:
@@ -86,7 +112,7 @@ class Hospital:
         self.policy = Policy.load(home / "policy.toml")
         self.keys = HospitalKeys.load(home / "keys")
         agreed = json.loads((home / "study.json").read_text(encoding="utf-8"))
-        self.study = from_dict(agreed["study"])
+        self.study = from_agreed(agreed, "study.json")
         self.sigma: float = agreed["noise_multiplier"]
         self.site = self.study.site(self.policy.site)
         self.index = self.study.index(self.site.name)
@@ -121,12 +147,11 @@ class Hospital:
             DataError, ModelError, CryptoError: see there.
         """
         self._check(opened)
-        if not self._update_file.exists():
-            self._train(opened.round)
-        arrays, notes = checkpoint.read(self._update_file)
-        if (notes["round"], notes["model_hash"], notes["study"]) != (opened.round, self.model_hash, self.study.hash):
-            raise ModelError("MODEL_MISMATCH", "the stored update belongs to another round", self._update_file.name)
         self._remember_attempt(opened)
+        start = (opened.round, self.model_hash, self.study.hash)
+        if not self._update_file.exists() or self._stored_update()[0] != start:
+            self._train(opened.round)  # an update of a round that is over, left by a crash, is replaced
+        _, arrays, notes = self._stored_update()
         payload = self._seal(arrays["levels"].astype(np.int64), int(notes["saturated"]), opened)
         ledger = read_ledger(self.home / "ledger.jsonl")
         header = Update(
@@ -138,7 +163,7 @@ class Hospital:
             payload_sha256=hashlib.sha256(payload).hexdigest(),
             ledger_seq=ledger.seq,
             ledger_head=ledger.head,
-            generator_loss=float(arrays["generator_loss"]),
+            generator_loss=min(float(arrays["generator_loss"]), MAX_LOSS),
         )
         return Envelope.seal(header, self.keys.signing, payload)
 
@@ -154,9 +179,16 @@ class Hospital:
         if self.site.name not in cohort or len(cohort) < self.policy.min_cohort:
             raise MessageError("MSG_SENDER", f"a cohort of {len(cohort)} without or too small for us", "RoundOpen")
 
+    def _stored_update(self) -> tuple[tuple[int, str, str], checkpoint.Arrays, dict[str, str | int]]:
+        """What the stored update starts from, its arrays, and its notes."""
+        arrays, notes = checkpoint.read(self._update_file)
+        return (int(notes["round"]), str(notes["model_hash"]), str(notes["study"])), arrays, notes
+
     def _train(self, round: int) -> None:
-        """Reserve, train, store the update, charge: in this order, so that a crash anywhere spends, never leaks."""
-        patients = self.load_patients()
+        """Reserve, read, train, store the update, charge: in this order, so that a crash anywhere spends, never leaks.
+
+        Only where the data cannot be read, so that nothing was trained, is the reservation taken back.
+        """
         random = self._random(round)
         t, rate = self.study.training, self.study.sampling_rate(self.site)
         planned = TrainingSteps(self.sigma, rate, t.local_steps)
@@ -164,6 +196,11 @@ class Hospital:
             Ledger(self.home / "ledger.jsonl", self.site.name) as ledger,
             self._budget(ledger).reserve(round, planned) as reservation,
         ):
+            try:
+                patients = self.load_patients()
+            except FedMedGanError:
+                reservation.void("the data could not be read; nothing was trained")
+                raise
             began = time.perf_counter()
             losses, update_P = self._train_networks(PatientSampler(patients, rate, random), random)
             trained = time.perf_counter()
@@ -212,16 +249,19 @@ class Hospital:
         Raises:
             MessageError: MSG_REPLAY.
         """
-        path = self.home / "attempts.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("round") != opened.round:
-            known = {"round": opened.round, "cohorts": {}}
-        earlier = {int(a): set(c) for a, c in known["cohorts"].items() if int(a) <= opened.attempt}
-        same = earlier.pop(opened.attempt, set(opened.cohort))
-        if same != set(opened.cohort) or not all(set(opened.cohort) < cohort for cohort in earlier.values()):
+        attempt, cohort = self._last_attempt(opened.round)
+        again = opened.attempt == attempt and set(opened.cohort) == cohort
+        smaller = opened.attempt > attempt and (not cohort or set(opened.cohort) < cohort)
+        if not (again or smaller):
             raise MessageError("MSG_REPLAY", "this round was already sealed for another cohort", "RoundOpen")
-        known["cohorts"][str(opened.attempt)] = sorted(opened.cohort)
-        path.write_text(json.dumps(known))
+        latest = {"round": opened.round, "attempt": opened.attempt, "cohort": sorted(opened.cohort)}
+        checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(latest).encode())
+
+    def _last_attempt(self, round: int) -> tuple[int, set[str]]:
+        """The latest attempt of this round that was sealed here, and its cohort; (0, nobody) before the first."""
+        path = self.home / ATTEMPT
+        latest = json.loads(path.read_text()) if path.exists() else {"round": 0}
+        return (latest["attempt"], set(latest["cohort"])) if latest["round"] == round else (0, set())
 
     def _seal(self, levels_P: np.ndarray, saturated: int, opened: RoundOpen) -> bytes:
         """Levels -> packed slots -> presence and MAC -> pairwise masks -> ciphertexts -> frame."""
@@ -270,6 +310,7 @@ class Hospital:
         """
         if certificate.round != self.applied_round:
             self._apply_new(certificate, payload)
+        self._update_file.unlink(missing_ok=True)
         header = Applied(
             study=self.study.hash, hospital=self.site.name, round=self.applied_round, model_hash=self.model_hash
         )
@@ -293,7 +334,6 @@ class Hospital:
         self.applied_round = certificate.round
         self.model_hash = checkpoint.content_hash(self.model)
         checkpoint.write(self._model_file, self.model, round=self.applied_round, study=self.study.hash)
-        self._update_file.unlink(missing_ok=True)
         checkpoint.load_networks(self.model, *self.networks)
         applied = time.perf_counter()
         self.draw_samples()
@@ -310,6 +350,8 @@ class Hospital:
             raise MessageError("MSG_KEY", "the certificate names another key", "Certificate")
         if certificate.round != self.applied_round + 1:
             raise MessageError("MSG_ROUND", "the sum is not of the next round", "Certificate")
+        if certificate.attempt < self._last_attempt(certificate.round)[0]:
+            raise MessageError("MSG_ROUND", "the sum is of an attempt that was given up", "Certificate")
         if len(certificate.cohort) < self.policy.min_cohort:
             raise MessageError("MSG_SENDER", "the sum holds too few hospitals", "Certificate")
         updates = open_certificate(certificate, self.study)

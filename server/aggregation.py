@@ -20,14 +20,15 @@ class RoundSum:
 
     Args:
         n_blobs: ciphertexts of one update of this study; another number is refused.
+        model_hash: of the model that every update must start from.
     """
 
-    def __init__(self, study: Study, opened: RoundOpen, n_blobs: int) -> None:
+    def __init__(self, study: Study, opened: RoundOpen, n_blobs: int, model_hash: str) -> None:
         self.study, self.opened, self.n_blobs = study, opened, n_blobs
         self.total = cipher.AddOnly(n_blobs)
         self.signed: dict[str, Signed] = {}
         self.losses: list[float] = []
-        self.model_hash = ""
+        self.model_hash = model_hash
 
     def add(self, envelope: Envelope) -> Update:
         """Verify one update and add it.
@@ -46,11 +47,10 @@ class RoundSum:
             raise MessageError("MSG_REPLAY", f"{update.hospital} was already counted", "Update")
         if update.weight != self.study.site(update.hospital).weight:
             raise MessageError("MSG_SENDER", "the weight is not the study's", "Update")
-        if self.model_hash and update.model_hash != self.model_hash:
+        if update.model_hash != self.model_hash:
             raise MessageError("MODEL_DIVERGED", f"{update.hospital} trained another model", "Update")
         blobs = cipher.unframe(envelope.payload, kind="update", n_blobs=self.n_blobs, **self._binding())
         self.total.add(blobs)
-        self.model_hash = update.model_hash
         self.signed[update.hospital] = Signed(header=envelope.header.decode(), signature=envelope.signature)
         self.losses.append(update.generator_loss)
         return update

@@ -1,7 +1,8 @@
 """The coordinator's Flower app. It imports no torch and holds no key.
 
-Deployed, the coordinator's own configuration names its folder, which holds ``study.json``:
-``flwr run . -c 'coordinator-folder="/srv/fedmedgan"'``.
+For a Flower app whose pyproject names ``fedmedgan.server.app:app`` and ``fedmedgan.client.app:app``: its configuration
+``coordinator-folder`` names the coordinator's own folder, which holds ``study.json``. (The repository itself is the
+simulated app, fedmedgan.simulations.flower_app.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmedgan.server.cycle import Coordinator
 from fedmedgan.shared.errors import CryptoError, RunError
-from fedmedgan.shared.study import Study, from_dict
+from fedmedgan.shared.study import Study, from_agreed
 
 
 def make_app(folder_of: Callable[[Context], Path]) -> ServerApp:
@@ -42,7 +43,7 @@ def load_study(folder: Path) -> Study:
         agreed = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise RunError("RUN_PATH", "the coordinator's folder holds no study.json", str(folder)) from None
-    return from_dict(agreed["study"])
+    return from_agreed(agreed, "study.json")
 
 
 def refuse_secrets(folder: Path) -> None:

@@ -59,7 +59,7 @@ class Coordinator:
             RunError: RUN_QUORUM.
             ModelError: MODEL_DIVERGED.
         """
-        self._call_roll()
+        self._call_roll(wait=True)
         self.log.write(
             "run_opened",
             study_hash=self.study.hash,
@@ -68,9 +68,10 @@ class Coordinator:
             float32_bytes=4 * self.parameters,
         )
         losses: list[float] = []
-        reason, number = "failed", 0
+        first = 1 + max(self.applied.values(), default=0)
+        reason, number = "failed", first - 1
         try:
-            for number in range(1, self.study.training.rounds + 1):
+            for number in range(first, self.study.training.rounds + 1):
                 losses.append(self.round(number))
                 if self._converged(losses):
                     reason = "converged"
@@ -124,13 +125,14 @@ class Coordinator:
                 raise RunError("RUN_QUORUM", what, "round")
             opened = RoundOpen(study=self.study.hash, round=number, attempt=attempt, cohort=cohort, key_id=self.key_id)
             self.log.write("round_opened", round=number, attempt=attempt, cohort=cohort)
-            total = RoundSum(self.study, opened, update_blobs(self.study, self.parameters))
+            blobs = update_blobs(self.study, self.parameters)
+            total = RoundSum(self.study, opened, blobs, self.model_hashes[number - 1])
             began, adding = time.perf_counter(), 0.0
             message = Envelope.seal(opened)
             for name, answer in self._ask({n: (self.nodes[n], message) for n in cohort}, "train"):
                 start = time.perf_counter()
                 try:
-                    update = total.add(_accepted(answer))
+                    update = total.add(self._accepted(name, answer))
                 except (FedMedGanError, _NoAnswer) as problem:
                     self._missing(number, attempt, name, problem)
                     missing[name] = _reason(problem)
@@ -175,7 +177,7 @@ class Coordinator:
             window = {n: (self.nodes[n], message) for n in names[start : start + BROADCAST_WINDOW]}
             for name, answer in self._ask(window, "train.apply"):
                 try:
-                    self._hold(name, _accepted(answer).open(Applied, self.study), certificate.round)
+                    self._hold(name, self._accepted(name, answer).open(Applied, self.study), certificate.round)
                 except (MessageError, _NoAnswer) as problem:
                     self._missing(certificate.round, certificate.attempt, name, problem)
                     refused.append(_reason(problem))
@@ -211,8 +213,8 @@ class Coordinator:
 
     # ---- who is there
 
-    def _call_roll(self) -> None:
-        """Ask each unknown node once which hospital it is; before round 1 wait until every site has answered."""
+    def _call_roll(self, *, wait: bool = False) -> None:
+        """Ask each unknown node once which hospital it is; `wait` until every site has answered."""
         deadline = time.monotonic() + self.study.round_timeout
         roll = Envelope.seal(Roll(study=self.study.hash))
         asked: set[int] = set()
@@ -223,10 +225,10 @@ class Coordinator:
             asked |= unknown
             for node, answer in self._ask({node: (node, roll) for node in unknown}, "query", ROLL_SECONDS):
                 try:
-                    self._enrol(node, _accepted(answer).open(Present, self.study))
+                    self._enrol(node, self._accepted("", answer).open(Present, self.study))
                 except (MessageError, _NoAnswer) as problem:
                     self.log.write("node_refused", reason=_reason(problem))
-            if self.model_hashes or len(self.nodes) == len(self.study.sites) or time.monotonic() > deadline:
+            if not wait or len(self.nodes) == len(self.study.sites) or time.monotonic() > deadline:
                 return
             time.sleep(POLL_SECONDS)
 
@@ -259,14 +261,21 @@ class Coordinator:
                 pending[message_id] = key
         deadline = time.monotonic() + (self.study.round_timeout if seconds is None else seconds)
         while pending and time.monotonic() < deadline:
-            answers = list(self.grid.pull_messages(pending))
-            while answers:
-                answer = answers.pop()
-                key = pending.pop(answer.metadata.reply_to_message_id)
-                yield key, _opened(answer)
+            for message_id in list(pending):  # one at a time: at most one answer is in memory here
+                for answer in self.grid.pull_messages([message_id]):
+                    yield pending.pop(message_id), _opened(answer)
             time.sleep(POLL_SECONDS)
         for key in pending.values():
             yield key, _NoAnswer("RUN_TIMEOUT")
+
+    def _accepted(self, name: str, answer: Envelope | _NoAnswer) -> Envelope:
+        """An answer that is not a no. A no counts only when it is signed by the hospital that was asked."""
+        if isinstance(answer, _NoAnswer):
+            raise answer
+        if answer.kind == Refusal.__name__:
+            refusal = answer.open(Refusal, self.study)
+            raise _NoAnswer(refusal.code if refusal.hospital == name else "MSG_SENDER")
+        return answer
 
     def _converged(self, losses: list[float]) -> bool:
         """Has the generator's loss (of generated images alone) stayed within the tolerance?"""
@@ -290,14 +299,6 @@ def _opened(answer: Message) -> Envelope | _NoAnswer:
         return Envelope.from_record(answer.content, MAX_REPLY_BYTES)
     except MessageError as error:
         return _NoAnswer(error.code)
-
-
-def _accepted(answer: Envelope | _NoAnswer) -> Envelope:
-    if isinstance(answer, _NoAnswer):
-        raise answer
-    if answer.kind == Refusal.__name__:
-        raise _NoAnswer(parse(answer.header, Refusal).code)
-    return answer
 
 
 def _reason(problem: Exception) -> str:

@@ -30,6 +30,7 @@ HINTS: dict[str, str] = {
     "CONFIG_DELTA": "delta must be below one over the number of patients at every site",
     "STUDY_ROSTER": "list at least three sites with distinct names of a-z, 0-9 and -",
     "STUDY_OVERFLOW": "lower the bits or the weights: the sum must fit into one slot",
+    "STUDY_HASH": "somebody changed the study after it was agreed; get it again from the other parties",
     "STUDY_KEYS": "every site needs its signing and exchange key in the study before it can run",
     # data
     "DATA_PATH": "give a folder that exists and can be read",
@@ -38,6 +39,7 @@ HINTS: dict[str, str] = {
     "DATA_PATIENT_ID": "the unit of privacy is the patient: every image needs a Patient ID",
     "DATA_LABEL": "put images into one folder per class, or add labels.csv with the columns path,label",
     "DATA_TOO_FEW": "the study promises more patients at this site; correct `patients` in the study",
+    "DATA_REFUSED": "the hospital's own events.jsonl says why; nobody else is told",
     "DATA_DUPLICATE": "remove the copy",
     "DATA_EVALUATION": "give finite images of one size, and several of every class, for training and for testing",
     "DICOM_NOT_DICOM": "only DICOM files with a preamble and file meta information are read",

@@ -33,6 +33,7 @@ from fedmedgan.shared.study import SiteName, Study
 PART_BYTES = 4 << 20
 """A payload travels as parts of 4 MiB: one large blob blocks Flower's database and dies on a slow link."""
 MAX_HEADER_BYTES = 1 << 20
+MAX_LOSS = 1e6
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
@@ -87,7 +88,7 @@ class Update(RoundOpen):
     payload_sha256: Hash
     ledger_seq: Count
     ledger_head: Hash
-    generator_loss: float
+    generator_loss: Annotated[float, Field(ge=0, le=MAX_LOSS)]
 
 
 class Signed(BaseModel):

@@ -124,7 +124,7 @@ class Study(_Part):
     version: Literal[1] = 1
     sites: Annotated[tuple[Site, ...], Field(min_length=1, max_length=MAX_SITES)]
     round_timeout: Annotated[float, Field(ge=1, le=604_800)] = 3600.0
-    """Seconds that the coordinator waits for the hospitals of one round."""
+    """Seconds that the coordinator waits for each answer of a hospital."""
     images: Images = Images()
     gan: Gan = Gan()
     training: Training = Training()
@@ -219,7 +219,7 @@ def parse(text: str, where: str = "study") -> Study:
         raise StudyError("CONFIG_EMPTY", "the file is empty", where)
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StudyError("CONFIG_SYNTAX", f"not valid TOML: {error}", where) from None
     return from_dict(values, where)
 
@@ -230,6 +230,18 @@ def from_dict(values: dict[str, Any], where: str = "study") -> Study:
         return Study.model_validate(_lists_to_tuples(values))
     except ValidationError as error:
         raise _first_problem(error, values, where) from None
+
+
+def from_agreed(agreed: dict[str, Any], where: str) -> Study:
+    """A study as parties keep it, ``{"study": ..., "hash": ...}``.
+
+    Raises:
+        StudyError: like `load`; STUDY_HASH, the values are not those that the hash names.
+    """
+    study = from_dict(agreed["study"], where)
+    if study.hash != agreed["hash"]:
+        raise StudyError("STUDY_HASH", "the study is not the one that its hash names", where)
+    return study
 
 
 def _lists_to_tuples(value: Any) -> Any:

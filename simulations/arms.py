@@ -1,7 +1,7 @@
 """Comparison arms: what the same data and the same budget give in other ways.
 
     federated      the run itself
-    alone-<site>   each hospital by itself, same steps, same sigma, so the same epsilon
+    alone-<site>   each hospital by itself: same steps, same sigma, so the same epsilon, spent once more
     no-privacy     federated averaging without clipping, noise or encryption: simulation only, never for real patients
 
 Each arm is trained by the very code of the hospitals (fedmedgan.client.training), and judged by training a small
@@ -32,10 +32,14 @@ from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
 from fedmedgan.client.release.generate import generate
+from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
+from fedmedgan.shared.privacy.budget import preview
+from fedmedgan.shared.privacy.events import TrainingSteps
+from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.study import Study
-from fedmedgan.simulations import consortium, record
+from fedmedgan.simulations import consortium
 
 SYNTHETIC_IMAGES = 2000
 
@@ -92,13 +96,21 @@ def _run_arm(
         "name": arm.name,
         "label": arm.label,
         "private": arm.private,
-        "epsilon": max(record.epsilon_spent(home) for home in homes) if arm.private else None,
+        "epsilon": max(_epsilon(study, home, arm) for home in homes) if arm.private else None,
         "delta": study.privacy.delta if arm.private else None,
         "tstr": _tstr(study, images, labels, test_folders) if test_folders else None,
         "images": f"arms/{arm.name}.npz",
         "picture": f"arms/{arm.name}.png",
         "seconds": seconds,
     }
+
+
+def _epsilon(study: Study, home: Path, arm: _Arm) -> float:
+    """What the arm cost this hospital's patients: by the ledger, or by the steps that the arm trained by itself."""
+    hospital = Hospital(home)
+    steps = [TrainingSteps(hospital.sigma, study.sampling_rate(hospital.site), study.total_steps)]
+    events = read_ledger(home / "ledger.jsonl").spent(study.hash) if arm.name == "federated" else steps
+    return preview([], events, delta=study.privacy.delta, ceiling=0.0, accountants=ENFORCED).after_epsilon
 
 
 def _train(study: Study, homes: list[Path], *, private: bool, random: RandomSource) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedmedgan.shared.errors import DataError
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import arms as comparison
 from fedmedgan.simulations import consortium, phantoms, record, report
@@ -68,6 +69,14 @@ def run(
     os.environ.update(KEEP_FREED_MEMORY | {k: os.environ[k] for k in KEEP_FREED_MEMORY if k in os.environ})
     console.print(f"study {study.name} {study.hash[:12]}: {len(study.sites)} hospitals, run folder {run_folder}")
     run_folder = run_folder.resolve()
+    for folder in test_folders:
+        if not folder.is_dir():
+            raise DataError("DATA_PATH", "the folder of test images is not there", str(folder))
+    if arms and data:
+        console.print(
+            "[bold]the arms train on the given images outside the ledger, one of them WITHOUT privacy:[/bold]"
+        )
+        console.print("[bold]for public or research data only, never for patients whom the ledger protects[/bold]")
     study = consortium.prepare(study, run_folder, data, device=device, insecure_seed=insecure_seed)
     consortium.read_data(run_folder, study)
     progress = Progress(run_folder, study, console)

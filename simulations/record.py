@@ -397,12 +397,6 @@ def load(run_folder: Path) -> RunRecord:
     )
 
 
-def epsilon_spent(home: Path) -> float:
-    """Epsilon that the hospital of this home folder has spent so far. Raises RunError like `load`."""
-    last = _hospital(home.parent.parent, home.name).last
-    return last.epsilon if last else 0.0
-
-
 class EventFile(Generic[E]):
     """An events.jsonl that may still be growing. A line is given out once, and only when it is complete."""
 

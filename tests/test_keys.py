@@ -111,7 +111,7 @@ def test_identity_before_its_epoch(tmp_path):
     first, second = new_epoch(), new_epoch()
     loaded.with_epoch(*first).save(tmp_path)
     loaded.with_epoch(*second).save(tmp_path)  # a new epoch takes the place of the old one
-    assert HospitalKeys.load(tmp_path).key_id == keys.key_id(second[0]) != keys.key_id(first[0])
+    assert HospitalKeys.load(tmp_path).key_id == keys.key_id(b"".join(second)) != keys.key_id(b"".join(first))
 
 
 def test_an_identity_is_never_overwritten(folder):

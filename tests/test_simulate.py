@@ -49,7 +49,7 @@ def finished(tmp_path_factory):
     own = folder / "own-dicom"
     phantoms.write_hospital(own, patients=30, seed=99, vendor=phantoms.vendor_for(1))
     study = write_study(folder / "study.toml")
-    options = ("--data", f"site-1={own}", "--test", own, "--drop", "site-3@1", "--out", folder / "run")
+    options = ("--arms", "--data", f"site-1={own}", "--test", own, "--drop", "site-3@1", "--out", folder / "run")
     done = run("--format", "json", "simulate", study, *options)
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads(done.stdout)
@@ -112,7 +112,10 @@ def test_arms_are_there_on_the_same_budget_and_marked(finished):
     assert set(arms) == {"federated", "no-privacy", *(f"alone-site-{i}" for i in range(4))}
     assert arms["no-privacy"]["epsilon"] is None
     assert arms["no-privacy"]["private"] is False
-    assert arms["alone-site-0"]["epsilon"] == pytest.approx(record.epsilon_spent(folder / "hospitals" / "site-0"))
+    spent = record.load(folder).final_epsilon
+    assert arms["alone-site-0"]["epsilon"] == pytest.approx(spent["site-0"])
+    assert arms["alone-site-3"]["epsilon"] > spent["site-3"], "alone it trained the round that it missed"
+    assert arms["federated"]["epsilon"] == pytest.approx(max(spent.values()))
     with np.load(folder / "arms" / "federated.npz") as images:
         assert images["images_N1HW"].shape[1:] == (1, 28, 28)
     assert 0 <= arms["federated"]["tstr"]["accuracy"]["mean"] <= 1

@@ -76,7 +76,7 @@ class HospitalKeys:
         """
         if not self.he_secret:
             raise CryptoError("KEY_MISSING", "this hospital does not have the study's encryption key yet")
-        return key_id(self.he_secret)
+        return key_id(self.he_secret + self.mac_root)
 
     def with_epoch(self, he_secret: bytes, mac_root: bytes) -> HospitalKeys:
         """The same identity with the keys of an epoch.

@@ -1,0 +1,207 @@
+"""The coordinator's loop with real hospitals behind a grid that can be told to misbehave: absent, silent, late."""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmedgan.client import app as client
+from fedmedgan.client.cycle import Hospital
+from fedmedgan.server.app import load_study, refuse_secrets
+from fedmedgan.server.cycle import Coordinator
+from fedmedgan.shared.errors import CryptoError, FedMedGanError, ModelError, RunError, StudyError
+from fedmedgan.shared.messages import Envelope, Refusal, Roll
+from fedmedgan.simulations import consortium
+
+
+class LocalGrid:
+    """Flower's grid, with each hospital's real ClientApp called in this process.
+
+    `absent(node, polls)`: is the node offline at that poll? `silent(node, message_type)`: does it never answer?
+    """
+
+    def __init__(self, prepared, *, absent=lambda node, polls: False, silent=lambda node, kind: False):
+        folder, study = prepared
+        self.homes = dict(enumerate(consortium.homes(folder, study)))
+        self.absent, self.silent = absent, silent
+        self.app = client.make_app(lambda context: self.homes[context.node_id])
+        self.polls = 0
+        self.answers: dict[str, Message] = {}
+        self.sent: list[tuple[int, str]] = []
+
+    def get_node_ids(self):
+        self.polls += 1
+        return [node for node in self.homes if not self.absent(node, self.polls)]
+
+    def push_messages(self, messages):
+        for message in messages:
+            number = uuid.uuid4().hex
+            node, kind = message.metadata.dst_node_id, message.metadata.message_type
+            message.metadata.__dict__["_message_id"] = number
+            self.sent.append((node, kind))
+            if not self.silent(node, kind):
+                context = Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
+                try:
+                    self.answers[number] = self.app(message=message, context=context)
+                except Exception as error:
+                    self.answers[number] = Message(Error(code=1, reason=str(error)), reply_to=message)
+            yield number
+
+    def pull_messages(self, message_ids):
+        return [self.answers.pop(number) for number in message_ids if number in self.answers]
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def coordinator(prepared, grid, **changes) -> Coordinator:
+    folder, study = prepared
+    return Coordinator(grid, study.model_copy(update=changes) if changes else study, folder)
+
+
+def events(prepared) -> list[dict]:
+    return [json.loads(line) for line in (prepared[0] / "events.jsonl").read_text().splitlines()]
+
+
+def hashes(prepared) -> set[str]:
+    return {Hospital(home).model_hash for home in consortium.homes(*prepared)}
+
+
+def test_a_whole_study(prepared):
+    coordinator(prepared, LocalGrid(prepared)).run()
+    closed = events(prepared)[-1]
+    assert (closed["event"], closed["rounds"], closed["reason"]) == ("run_closed", 2, "rounds")
+    assert hashes(prepared) == {closed["model_hash"]}
+
+
+def test_it_waits_until_every_site_is_there(prepared):
+    coordinator(prepared, LocalGrid(prepared, absent=lambda node, polls: node >= 1 and polls < 4)).run()
+    opened = next(e for e in events(prepared) if e["event"] == "round_opened")
+    assert len(opened["cohort"]) == 4
+
+
+def test_a_hospital_that_was_away_is_sent_what_it_missed(prepared):
+    """Site 3 is there for the first roll, away for the whole of round 1, and back for round 2."""
+    grid = LocalGrid(prepared, absent=lambda node, polls: node == 3 and polls == 2)
+    coordinator(prepared, grid).run()
+    said = events(prepared)
+    cohorts = {e["round"]: e["cohort"] for e in said if e["event"] == "round_aggregated"}
+    assert "site-3" not in cohorts[1]
+    assert "site-3" in cohorts[2]
+    assert [kind for node, kind in grid.sent if node == 3] == ["query", "query", "train.apply", "train", "train.apply"]
+    assert len(hashes(prepared)) == 1
+
+
+def test_a_silent_hospital_is_left_out_after_the_timeout(prepared):
+    _, study = prepared
+    grid = LocalGrid(prepared, silent=lambda node, kind: node == 2 and kind == "train")
+    running = coordinator(prepared, grid)
+    running.study = study  # the study's own timeout is part of its hash; the loop's clock is what is shortened here
+    ask = running._ask
+    running._ask = lambda requests, kind, seconds=None: ask(requests, kind, 1.0 if kind == "train" else seconds)
+    running.run()
+    missing = [e for e in events(prepared) if e["event"] == "site_missing"]
+    assert {(e["site"], e["reason"]) for e in missing} == {("site-2", "RUN_TIMEOUT")}
+    assert {e["attempt"] for e in events(prepared) if e["event"] == "round_aggregated"} == {2}
+    assert len(hashes(prepared)) == 1
+
+
+def test_a_coordinator_that_is_started_again_goes_on_with_the_next_round(prepared):
+    first = coordinator(prepared, LocalGrid(prepared))
+    first._call_roll(wait=True)
+    first.round(1)  # and then its process dies
+    coordinator(prepared, LocalGrid(prepared)).run()
+    rounds = [e["round"] for e in events(prepared) if e["event"] == "round_aggregated"]
+    assert rounds == [1, 2]
+    assert len(hashes(prepared)) == 1
+
+
+def test_two_models_stop_the_run(prepared):
+    first = coordinator(prepared, LocalGrid(prepared))
+    first._call_roll(wait=True)
+    first.round(1)
+    homes = consortium.homes(*prepared)
+    from fedmedgan.client import checkpoint
+
+    arrays, notes = checkpoint.read(homes[1] / "model.safetensors")
+    name = sorted(arrays)[0]
+    arrays[name] = arrays[name] + 1
+    checkpoint.write(homes[1] / "model.safetensors", arrays, **notes)
+    with pytest.raises(ModelError) as caught:
+        coordinator(prepared, LocalGrid(prepared)).run()
+    assert caught.value.code == "MODEL_DIVERGED"
+
+
+def test_spent_budgets_end_the_cycle_as_agreed(prepared):
+    for home in consortium.homes(*prepared):
+        text = (home / "policy.toml").read_text()
+        (home / "policy.toml").write_text(text.replace("max_epsilon = 20.0", "max_epsilon = 0.5"))
+    coordinator(prepared, LocalGrid(prepared)).run()
+    closed = events(prepared)[-1]
+    assert (closed["event"], closed["rounds"], closed["reason"]) == ("run_closed", 0, "budget")
+
+
+def test_too_few_hospitals_stop_the_run_and_say_why(prepared):
+    for home in consortium.homes(*prepared)[:2]:
+        text = (home / "policy.toml").read_text()
+        (home / "policy.toml").write_text(text.replace("/dicom", "/SMITH^JOHN"))
+    with pytest.raises(RunError) as caught:
+        coordinator(prepared, LocalGrid(prepared)).run()
+    assert caught.value.code == "RUN_QUORUM"
+    assert "site-0: DATA_REFUSED" in caught.value.line()
+    assert "SMITH" not in caught.value.line() + (prepared[0] / "events.jsonl").read_text()
+
+
+def test_it_stops_when_the_loss_on_generated_images_has_settled(prepared):
+    _, study = prepared
+    running = coordinator(prepared, LocalGrid(prepared))
+    patient = study.convergence.model_copy(update={"patience": 2, "tolerance": 0.1})
+    running.study = study.model_copy(update={"convergence": patient})
+    assert not running._converged([1.0])
+    assert not running._converged([1.0, 1.0])
+    assert running._converged([9.0, 1.0, 1.05, 1.0])
+    assert not running._converged([1.0, 1.0, 1.2])
+    running.study = study
+    assert not running._converged([1.0] * 50)
+
+
+@pytest.mark.parametrize("where", ["present", "_load_model"])
+def test_no_exception_text_leaves_a_hospital(prepared, monkeypatch, where):
+    def explode(*_):
+        raise ValueError("PatientName SMITH^JOHN")
+
+    monkeypatch.setattr(Hospital, where, explode)
+    grid = LocalGrid(prepared)
+    roll = Envelope.seal(Roll(study=prepared[1].hash)).to_record()
+    (number,) = grid.push_messages([Message(roll, dst_node_id=0, message_type="query")])
+    (answer,) = grid.pull_messages([number])
+    if answer.has_error():
+        assert answer.error.reason == "RUN_CRASHED"
+    else:
+        envelope = Envelope.from_record(answer.content, 0)
+        assert envelope.open(Refusal, prepared[1]).code == "RUN_CRASHED"
+        assert b"SMITH" not in envelope.header
+    assert "SMITH" in (consortium.homes(*prepared)[0] / "events.jsonl").read_text(), "the hospital itself must know"
+
+
+def test_a_coordinator_beside_keys_or_with_a_changed_study_does_not_start(prepared):
+    folder, _ = prepared
+    refuse_secrets(folder)
+    (folder / "keys").mkdir()
+    with pytest.raises(CryptoError) as caught:
+        refuse_secrets(folder)
+    assert caught.value.code == "HE_SECRET_AT_SERVER"
+    changed = (folder / "study.json").read_text().replace('"epsilon": 20.0', '"epsilon": 21.0')
+    (folder / "study.json").write_text(changed)
+    with pytest.raises(StudyError) as wrong:
+        load_study(folder)
+    assert wrong.value.code == "STUDY_HASH"
+    with pytest.raises(FedMedGanError):
+        load_study(folder / "nowhere")
