@@ -260,7 +260,7 @@ class Hospital:
     def _last_attempt(self, round: int) -> tuple[int, set[str]]:
         """The latest attempt of this round that was sealed here, and its cohort; (0, nobody) before the first."""
         path = self.home / ATTEMPT
-        latest = json.loads(path.read_text()) if path.exists() else {"round": 0}
+        latest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"round": 0}
         return (latest["attempt"], set(latest["cohort"])) if latest["round"] == round else (0, set())
 
     def _seal(self, levels_P: np.ndarray, saturated: int, opened: RoundOpen) -> bytes:
