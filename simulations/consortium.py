@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital, join
+from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital
+from fedmedgan.client.joining import join
 from fedmedgan.client.release import pictures
 from fedmedgan.shared.errors import DataError, RunError, StudyError
 from fedmedgan.shared.secure_sum import keys

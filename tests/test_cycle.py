@@ -9,6 +9,7 @@ import pytest
 
 from fedmedgan.client import checkpoint
 from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.joining import join
 from fedmedgan.server.aggregation import RoundSum
 from fedmedgan.shared.errors import CryptoError, DataError, FedMedGanError, MessageError, PrivacyError
 from fedmedgan.shared.messages import Applied, Envelope, RoundOpen, Update, open_certificate
@@ -331,3 +332,20 @@ def test_a_certificate_is_checked_word_by_word(prepared):
         with pytest.raises(MessageError) as caught:
             open_certificate(good.model_copy(update=change), study)
         assert caught.value.code == code
+
+
+def test_a_hospital_can_enter_a_second_study_and_both_are_in_its_ledger(prepared):
+    folder, study = prepared
+    home = consortium.homes(folder, study)[0]
+    first = Hospital(home)
+    first.local_update(open_round(study, 1, key_id=first.key_id))
+    second = study.model_copy(update={"name": "second", "privacy": study.privacy.model_copy(update={"epsilon": 6.0})})
+    join(home, second)
+    hospital = Hospital(home)
+    assert (hospital.study.hash, hospital.applied_round) == (second.hash, 0)
+    assert (home / "past" / study.hash[:16] / "update.safetensors").exists()
+    assert not (home / "update.safetensors").exists()
+    hospital.local_update(open_round(second, 1, key_id=hospital.key_id))
+    history = read_ledger(home / "ledger.jsonl")
+    assert len(history.spent()) == 2
+    assert len(history.spent(second.hash)) == 1
