@@ -75,18 +75,7 @@ def build(images: Images, gan: Gan) -> tuple[Generator, Discriminator]:
     """Both networks with the study's initial weights: equal at every site, whatever the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(gan.init_seed)
-        networks = Generator(images, gan), Discriminator(images, gan)
-        for network in networks:
-            network.apply(_initialise)
-        return networks
-
-
-def _initialise(layer: nn.Module) -> None:
-    """Weights from N(0, 0.02), biases zero (Radford et al. 2015, section 4)."""
-    if isinstance(layer, nn.Conv2d | nn.Linear):
-        nn.init.normal_(layer.weight, 0, 0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+        return Generator(images, gan), Discriminator(images, gan)
 
 
 def discriminator_losses(logits_N: Tensor, is_real_N: Tensor) -> Tensor:
