@@ -367,7 +367,7 @@ def ran_study(work: Path) -> Study:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder outside the repository; default: a new temporary one")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--local-steps", type=int, default=20)
     parser.add_argument("--patients-per-step", type=int, default=32)
     parser.add_argument("--epsilon", type=float, default=8.0)
