@@ -13,7 +13,7 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY
 import typer
 
 from fedmedgan.cli import dataset, output, simulate, study
-from fedmedgan.shared.errors import FedMedGanError
+from fedmedgan.shared.errors import FedMedGanError, RunError
 
 app = typer.Typer(
     name="fedmedgan",
@@ -40,9 +40,13 @@ def options(
 
 
 def run() -> None:
-    """Entry point: an error of ours is one line and exit code 2."""
+    """Entry point: an error of ours, or a part that is not installed, is one line and exit code 2."""
     try:
         app()
     except FedMedGanError as error:
         output.emit_error(error)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        hint = "pip install 'fedmedgan[simulation]'"
+        output.emit_error(RunError("RUN_EXTRA", f"{error.name} is not installed", hint=hint))
         sys.exit(2)

@@ -79,6 +79,9 @@ def check(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
                 f"{row['epsilon_by_round'][-1]:.2f} of {study.privacy.epsilon:g}",
             )
         console.print(table)
+        if "parameters" not in cost:
+            console.print("bytes and time need the networks: pip install 'fedmedgan[hospital]'")
+            return
         up, down, plain = (cost[f"bytes_{way}"] / 1e6 for way in ("up", "down", "float32"))
         console.print(
             f"model: {cost['parameters']:,} parameters; a round sends {up:.2f} MB up and {down:.2f} MB down per"
@@ -92,10 +95,7 @@ def check(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
 
 
 def _cost(study: Study) -> dict:
-    from fedmedgan.client.training.estimate import parameters, step_seconds
-
-    n = parameters(study)
-    blobs = update_blobs(study, n)
+    """Privacy by the accountant; bytes and time by the networks, where they are installed."""
     last = study.training.rounds
     rounds = sorted({1 + i * (last - 1) // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)})
     sites = []
@@ -116,9 +116,18 @@ def _cost(study: Study) -> dict:
                 "epsilon_by_round": curve,
             }
         )
+    return {"rounds": rounds, "sites": sites, **_size(study)}
+
+
+def _size(study: Study) -> dict:
+    """Bytes and seconds; nothing in a coordinator's install, which has no torch."""
+    try:
+        from fedmedgan.client.training.estimate import parameters, step_seconds
+    except ModuleNotFoundError:
+        return {}
+    n = parameters(study)
+    blobs = update_blobs(study, n)
     return {
-        "rounds": rounds,
-        "sites": sites,
         "parameters": n,
         "bytes_up": max_frame_bytes(blobs, "update"),
         "bytes_down": max_frame_bytes(blobs, "sum"),

@@ -27,7 +27,7 @@ BLOCK = """
     class Block:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] in {blocked!r}:
-                raise ImportError("blocked: " + name)
+                raise ModuleNotFoundError("blocked: " + name, name=name)
     sys.meta_path.insert(0, Block())
 """
 
@@ -41,6 +41,23 @@ def test_the_coordinator_needs_no_torch_and_no_opacus():
     """
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_coordinators_install_says_what_is_missing_and_still_tells_the_price_in_privacy():
+    without = (
+        BLOCK.format(blocked={"torch", "opacus"})
+        + """
+    from fedmedgan.cli.main import run as main
+    sys.argv = ["fedmedgan", *{arguments!r}]
+    main()
+    """
+    )
+    simulate = run(without.replace("{arguments!r}", "['simulate']"))
+    assert simulate.returncode == 2
+    assert simulate.stderr.splitlines()[-1].startswith("error[RUN_EXTRA]: torch is not installed")
+    check = run(without.replace("{arguments!r}", f"['study', 'check', {str(ROOT / 'simulations' / 'study.toml')!r}]"))
+    assert check.returncode == 0, check.stderr
+    assert "of 8" in check.stdout
 
 
 def test_the_coordinator_never_names_the_secret_key():
