@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def prepared(_prepared, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
     return copy, study
+
+
+@pytest.fixture
+def ray_folder():
+    """A short folder of our own for Ray: a cluster that was killed leaves a note in the shared one, and waits for it."""
+    folder = tempfile.mkdtemp(prefix="r")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,14 @@ def free_port() -> str:
 
 
 @pytest.fixture
-def flower(tmp_path):
+def flower(tmp_path, ray_folder):
     """Settings of a Flower of our own; its SuperLink, which stays up by itself, is ended afterwards."""
     home = tmp_path / "flwr"
     yield {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "FLWR_HOME": str(home),
+        "RAY_TMPDIR": ray_folder,
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",

@@ -129,10 +129,10 @@ def test_a_dropout_below_three_stops_the_run_with_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_an_existing_ray_cluster_of_two_nodes_is_used(tmp_path):
+def test_an_existing_ray_cluster_of_two_nodes_is_used(tmp_path, ray_folder):
     ray = str(Path(sys.executable).with_name("ray"))
     port = "46379"
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": ray_folder}
     common = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
     head = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", *common]
     head.append("--include-dashboard=false")
