@@ -190,7 +190,13 @@ class Hospital:
     def _train_networks(self, sampler: PatientSampler, random: RandomSource) -> tuple[Losses, np.ndarray]:
         """New weights minus old ones, as one float32 vector (P,)."""
         trainer = LocalTrainer(
-            self.study, *self.networks, sampler, noise_multiplier=self.sigma, random=random, device=self._device()
+            self.study,
+            *self.networks,
+            sampler,
+            noise_multiplier=self.sigma,
+            random=random,
+            device=self._device(),
+            steps_done=self.applied_round * self.study.training.local_steps,
         )
         states = self.home / "optimizers.safetensors"
         adams = {"generator": trainer.adam_g, "discriminator": trainer.adam_d}

@@ -24,7 +24,7 @@ def tiny_study(sites: int = 4, **sections):
         "sites": [{"name": f"site-{i}", "patients": 24, "weight": 1 + i % 2} for i in range(sites)],
         "images": {"size": 28},
         "gan": {"generator_width": 4, "discriminator_width": 4, "latent": 8},
-        "training": {"rounds": 2, "local_steps": 2, "patients_per_step": 6},
+        "training": {"rounds": 2, "local_steps": 2, "patients_per_step": 6, "discriminator_steps": 1},
         "privacy": {"delta": 0.01, "epsilon": 20.0},
     }
     for name, section in sections.items():
@@ -53,7 +53,7 @@ def prepared(_prepared, tmp_path):
 
 @pytest.fixture
 def ray_folder():
-    """A short folder of our own for Ray: a cluster that was killed leaves a note in the shared one, and waits for it."""
+    """A short folder of our own for Ray: a killed cluster leaves a note in the shared one, and the next run waits for it."""
     folder = tempfile.mkdtemp(prefix="r")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -143,7 +143,7 @@ def test_an_existing_ray_cluster_of_two_nodes_is_used(tmp_path, ray_folder):
             with open(tmp_path / "ray.log", "a") as log:
                 processes.append(subprocess.Popen([*command, "--block"], env=env, stdout=log, stderr=log))
             wait_for_nodes(port, len(processes))
-        study = write_study(tmp_path / "study.toml", training={"rounds": 1, "local_steps": 2, "patients_per_step": 6})
+        study = write_study(tmp_path / "study.toml", training={"rounds": 1})
         done = run("simulate", study, "--no-arms", "--ray-address", f"127.0.0.1:{port}", "--out", tmp_path / "run")
         assert done.returncode == 0, done.stderr
         assert nodes_of_hospitals(tmp_path / "run") == 2

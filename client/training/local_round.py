@@ -64,6 +64,7 @@ class LocalTrainer:
 
     Args:
         noise_multiplier: sigma; None trains WITHOUT privacy, for a simulation's comparison arms alone.
+        steps_done: discriminator steps of earlier rounds: turns of the generator are counted over rounds.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class LocalTrainer:
         noise_multiplier: float | None,
         random: RandomSource,
         device: torch.device,
+        steps_done: int = 0,
     ) -> None:
-        t = study.training
+        t, self.steps_done = study.training, steps_done
         self.study, self.sampler, self.device = study, sampler, device
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
         self.adam_g = torch.optim.Adam(generator.parameters(), t.generator_lr, (t.beta1, t.beta2))
@@ -104,9 +106,10 @@ class LocalTrainer:
             ModelError: MODEL_NOT_FINITE, a weight became NaN or infinite.
         """
         generator_losses, fake_losses = [], []
-        for step in range(1, steps + 1):
+        for _ in range(steps):
             fake_losses.append(self._discriminator_step())
-            if step % self.study.training.discriminator_steps == 0:
+            self.steps_done += 1
+            if self.steps_done % self.study.training.discriminator_steps == 0:
                 generator_losses.append(self._generator_step())
         weights = [*self.generator.parameters(), *self.discriminator.parameters()]
         if not all(w.isfinite().all() for w in weights):
