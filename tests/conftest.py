@@ -53,7 +53,7 @@ def prepared(_prepared, tmp_path):
 
 @pytest.fixture
 def ray_folder():
-    """A short folder of our own for Ray: a killed cluster leaves a note in the shared one, and the next run waits for it."""
+    """A short folder of our own for Ray: a killed cluster leaves a note in the shared one that others wait for."""
     folder = tempfile.mkdtemp(prefix="r")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
