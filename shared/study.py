@@ -30,6 +30,7 @@ MAX_FILE_BYTES = 1 << 20
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,30}$")]
 HexKey = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+WrappingKey = Annotated[str, Field(pattern=r"^([0-9a-f]{2432})?$")]
 
 
 class _Part(BaseModel):
@@ -48,6 +49,8 @@ class Site(_Part):
     """Ed25519 public key, 64 hex digits."""
     exchange_key: HexKey = ""
     """X25519 public key, 64 hex digits: pairwise masks."""
+    wrapping_key: WrappingKey = ""
+    """HPKE public key of ML-KEM-768 + X25519, 2432 hex digits: the key epoch is sent to this hospital under it."""
 
 
 class Images(_Part):
@@ -107,6 +110,8 @@ class SecureSum(_Part):
     """Bits of one quantised value."""
     update_range: Annotated[float, Field(gt=0, le=100)] = 0.05
     """Values of an update are limited to [-update_range, update_range]; how many were limited is counted and shown."""
+    rotate_every: Annotated[int, Field(ge=0, le=10_000)] = 50
+    """Rounds under one key epoch; 0: no rotation by schedule."""
 
 
 class Convergence(_Part):
@@ -123,6 +128,8 @@ class Study(_Part):
     name: SiteName
     version: Literal[1] = 1
     sites: Annotated[tuple[Site, ...], Field(min_length=1, max_length=MAX_SITES)]
+    coordinator_key: HexKey = ""
+    """Ed25519 public key of the coordinator, 64 hex digits: its instructions are signed with it."""
     round_timeout: Annotated[float, Field(ge=1, le=604_800)] = 3600.0
     """Seconds that the coordinator waits for each answer of a hospital."""
     images: Images = Images()
@@ -141,9 +148,10 @@ class Study(_Part):
             raise StudyError("STUDY_ROSTER", "two sites have the same name", "sites")
         if len(set(self.images.classes)) != len(self.images.classes):
             raise StudyError("CONFIG_RANGE", "two classes have the same name", "images.classes")
-        keys = [k for s in self.sites for k in (s.signing_key, s.exchange_key) if k]
+        keys = [k for s in self.sites for k in (s.signing_key, s.exchange_key, s.wrapping_key) if k]
+        keys += [self.coordinator_key] if self.coordinator_key else []
         if len(set(keys)) != len(keys):
-            raise StudyError("STUDY_ROSTER", "two sites have the same key", "sites")
+            raise StudyError("STUDY_ROSTER", "two parties have the same key", "sites")
         for site in self.sites:
             if self.training.patients_per_step > site.patients:
                 raise StudyError(
