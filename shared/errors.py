@@ -32,6 +32,8 @@ HINTS: dict[str, str] = {
     "STUDY_OVERFLOW": "lower the bits or the weights: the sum must fit into one slot",
     "STUDY_HASH": "somebody changed the study after it was agreed; get it again from the other parties",
     "STUDY_KEYS": "every site needs its signing and exchange key in the study before it can run",
+    "STUDY_SIGNATURE": "every hospital signs the study: `fedmedgan study sign`, then `study collect`",
+    "STUDY_POLICY": "the hospital's policy.toml outranks the study; change one of the two, with its owner",
     # data
     "DATA_PATH": "give a folder that exists and can be read",
     "DATA_EMPTY": "`fedmedgan dataset check FOLDER` lists why each file was left out",
@@ -71,6 +73,8 @@ HINTS: dict[str, str] = {
     "LEDGER_LOCKED": "another process is using this ledger; wait for it to end",
     "LEDGER_WRITE": "make the ledger's folder writable and free some disk; nothing was trained",
     "LEDGER_STATE": "the records do not follow each other; report this as a bug",
+    "LEDGER_ROLLBACK": "an older copy of the ledger was put back: restore the newest one, or ask the data owner",
+    "LEDGER_FORK": "the ledger was continued twice from one point: ask the data owner which one is true",
     "LEDGER_OWNER": "each hospital's ledger is its own; give the right one",
     # cryptography
     "HE_SECRET_AT_SERVER": "the server must never hold a key; remove it from this machine",
@@ -85,6 +89,8 @@ HINTS: dict[str, str] = {
     "KEY_MISSING": "the key file is not there; `fedmedgan site doctor` explains how to get it",
     "KEY_PERMISSIONS": "a private key must be readable by its owner alone: chmod 600",
     "KEY_FORMAT": "this is not a key of the expected kind",
+    "KEY_STOPPED": "find out who altered the sums; then a person allows a new key: `fedmedgan site rotate`",
+    "KEY_EPOCH": "the message belongs to another key epoch; the coordinator sends the right one",
     "ROUND_REJECTED": "the sum is not what the cohort sent; the model was left as it was",
     # messages
     "MSG_SIGNATURE": "the message was not signed by the hospital that it names",
@@ -109,6 +115,7 @@ HINTS: dict[str, str] = {
     "RUN_RECORD": "the run folder was edited or damaged, or is not of this version; simulate again",
     "RUN_NODE": "the hospital's process ended; its SuperNode's log says why",
     "RUN_TIMEOUT": "the hospital did not answer in time; it may come back in the next round",
+    "RUN_LEFT": "this hospital has left the study and takes no further part",
     "RUN_CRASHED": "an unforeseen error; the hospital's own events.jsonl holds it",
 }
 """code -> what to do about it. A code is never used for a second meaning."""

@@ -158,6 +158,27 @@ class History:
                 self._charged += [(study, event.with_steps(steps)) for event, steps in done]
         self.records.append(record)
 
+    def check_anchor(self, seq: int, head: str) -> None:
+        """Does this history hold the record that somebody saw at its head once?
+
+        =====================================  ====================
+        case                                   result
+        =====================================  ====================
+        seq 0: nothing was there to be seen    nothing
+        the record is there, with that hash    nothing
+        the ledger is shorter, or empty        LEDGER_ROLLBACK
+        another record stands at that number   LEDGER_FORK
+        =====================================  ====================
+
+        Raises:
+            PrivacyError: LEDGER_ROLLBACK, LEDGER_FORK.
+        """
+        if seq > self.seq:
+            what = f"the ledger ends at record {self.seq}, others have seen record {seq}"
+            raise PrivacyError("LEDGER_ROLLBACK", what, "ledger.jsonl")
+        if seq > 0 and self.records[seq - 1].line_sha256 != head:
+            raise PrivacyError("LEDGER_FORK", f"record {seq} is not the one that others have seen", "ledger.jsonl")
+
     def terms(self, study: str) -> dict[str, Any] | None:
         """The latest `open` record of a study; None where it was never opened, or is closed."""
         return None if study in self._closed else self._terms.get(study)
