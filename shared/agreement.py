@@ -115,9 +115,7 @@ class Agreement:
             values = json.loads(_read(path))
             study = from_agreed(values, path.name)
             signatures = dict(values.get("signatures", {}))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, FedMedGanError):
-                raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise StudyError("CONFIG_SYNTAX", "this is not an agreed study", path.name) from None
         agreement = cls(study)
         for name, signature in signatures.items():

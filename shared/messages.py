@@ -4,21 +4,29 @@ Each message is a header (canonical JSON), an Ed25519 signature over it, and at 
 below are the allow-list: a field that is not named here cannot leave a hospital, and one that arrives is refused.
 
     phase                      from -> to             message       payload
-    (who is there)             server -> hospital     Roll
-                               hospital -> server     Present
-    1 local gradients          server -> hospital     RoundOpen     -
+    who is there               server -> hospital     Roll
+                               hospital -> server     Present, or Leave
+    key epoch                  server -> leader       EpochOpen
+    (a hospital makes it,      leader -> server       KeyOffer      one wrapped key a member
+     the server relays it)     server -> member       KeyGrant      the member's wrapped key
+                               member -> server       KeyReady
+                               server -> member       EpochStart
+                               member -> server       Present
+    1 local gradients          server -> hospital     RoundOpen
                                hospital -> server     Update        encrypted update
     2 secure aggregation       (the server adds)
     3 broadcast                server -> hospital     Certificate   encrypted sum
-    4 decrypt and update       hospital -> server     Applied       -
-    any                        hospital -> server     Refusal       -
+    4 decrypt and update       hospital -> server     Applied
+    any                        hospital -> server     Refusal
 
+Both sides sign: a hospital with its own key, the server with the coordinator's; both keys stand in the study.
 Size and SHA-256 of a payload are in its signed header, so both are checked before any parser sees a byte.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self, TypeVar
 
 import rfc8785
@@ -36,9 +44,12 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_LOSS = 1e6
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+KeyId = Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")]
 Signature = Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
+EpochNumber = Annotated[int, Field(ge=1, le=10_000)]
+ROUND_FIELDS = ("round", "attempt", "cohort", "epoch", "key_id")
+"""What every message of one attempt must agree in."""
 
 
 class Header(BaseModel):
@@ -53,19 +64,115 @@ class Header(BaseModel):
         return rfc8785.dumps(self.model_dump(mode="json"))
 
 
+class Signed(BaseModel):
+    """A header as it was signed, to be shown to others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    header: str
+    signature: Signature
+
+
+class Approval(BaseModel):
+    """A hospital's signature under the study's hash (shared/agreement.py)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    hospital: SiteName
+    signature: Signature
+
+
 class Roll(Header):
-    """Server: who is there?"""
+    """Server: who is there? With it, what everybody may check first."""
+
+    approvals: tuple[Approval, ...]
+    """Every hospital's signature under the study."""
+    anchors: tuple[Signed, ...]
+    """The newest Update of each hospital: its own word of how long its ledger was."""
 
 
 class Present(Header):
     """Hospital: I am, with this key, and I hold the model of this round."""
 
     hospital: SiteName
+    epoch: Count
+    """Number of the key epoch that it holds; 0 before the first."""
     key_id: KeyId
     parameters: Annotated[int, Field(ge=1, le=10**9)]
     """Number of values in one update."""
     applied_round: Count
     model_hash: Hash
+
+
+class Leave(Header):
+    """Hospital: I take no further part, and shall have no further key."""
+
+    hospital: SiteName
+
+
+# ---- key epochs
+
+
+class EpochOpen(Header):
+    """Server to a leader hospital: make the key of this epoch, and wrap it for these members."""
+
+    epoch: EpochNumber
+    leader: SiteName
+    members: tuple[SiteName, ...]
+    leaves: tuple[Signed, ...]
+    """Why a hospital of the study is not a member: its own signed Leave."""
+
+
+class WrappedHash(BaseModel):
+    """Which wrapped key is for whom."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    hospital: SiteName
+    sha256: Hash
+
+
+class KeyOffer(Header):
+    """Leader: here is the key, wrapped for each member (shared/secure_sum/epochs.py)."""
+
+    hospital: SiteName
+    epoch: EpochNumber
+    key_id: KeyId
+    members: tuple[SiteName, ...]
+    wrapped: tuple[WrappedHash, ...]
+    payload_bytes: Count
+    payload_sha256: Hash
+
+
+class KeyGrant(Header):
+    """Server to a member: your wrapped key, in the leader's signed words."""
+
+    recipient: SiteName
+    offer: Signed
+    leaves: tuple[Signed, ...]
+    payload_bytes: Count
+    payload_sha256: Hash
+
+
+class KeyReady(Header):
+    """Member: I hold the same key."""
+
+    hospital: SiteName
+    epoch: EpochNumber
+    key_id: KeyId
+    confirmation: Hash
+    """HMAC under the epoch's MAC root: only who holds the key can make it or check it."""
+
+
+class EpochStart(Header):
+    """Server to a member: these hold the key; use it from now on."""
+
+    epoch: EpochNumber
+    key_id: KeyId
+    ready: tuple[Signed, ...]
+
+
+# ---- rounds
 
 
 class RoundOpen(Header):
@@ -74,6 +181,7 @@ class RoundOpen(Header):
     round: Annotated[int, Field(ge=1, le=10_000)]
     attempt: Annotated[int, Field(ge=1, le=100)]
     cohort: tuple[SiteName, ...]
+    epoch: EpochNumber
     key_id: KeyId
 
 
@@ -89,15 +197,6 @@ class Update(RoundOpen):
     ledger_seq: Count
     ledger_head: Hash
     generator_loss: Annotated[float, Field(ge=0, le=MAX_LOSS)]
-
-
-class Signed(BaseModel):
-    """A header as it was signed, to be shown to others."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    header: str
-    signature: Signature
 
 
 class Certificate(RoundOpen):
@@ -137,12 +236,29 @@ class Envelope(BaseModel):
     payload: bytes
 
     @classmethod
-    def seal(cls, header: Header, private: Ed25519PrivateKey | None = None, payload: bytes = b"") -> Self:
-        """Canonical header, signed by a hospital; the server's messages carry no signature yet."""
+    def seal(cls, header: Header, private: Ed25519PrivateKey, payload: bytes = b"") -> Self:
+        """Canonical header, signed by its sender."""
         raw = header.canonical()
         kind = type(header).__name__
-        signature = keys.sign(private, raw, kind).hex() if private else ""
-        return cls(kind=kind, header=raw, signature=signature, payload=payload)
+        return cls(kind=kind, header=raw, signature=keys.sign(private, raw, kind).hex(), payload=payload)
+
+    def shown(self) -> Signed:
+        """The signed header, to be shown to others."""
+        return Signed(header=self.header.decode(), signature=self.signature)
+
+    def to_bytes(self) -> bytes:
+        """As one file."""
+        return join_parts([self.kind.encode(), self.header, self.signature.encode(), self.payload])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read what `to_bytes` made. Raises MessageError MSG_FORMAT; `open` checks the rest."""
+        parts = split_parts(data)
+        try:
+            kind, header, signature, payload = parts
+            return cls(kind=kind.decode(), header=header, signature=signature.decode("ascii"), payload=payload)
+        except ValueError:
+            raise MessageError("MSG_FORMAT", "not a stored message", "envelope") from None
 
     def to_record(self) -> RecordDict:
         """As Flower carries it."""
@@ -174,22 +290,17 @@ class Envelope(BaseModel):
             raise MessageError("MSG_TOO_LARGE", "header or payload is larger than the study allows", "envelope")
         return cls(kind=kind, header=header, signature=signature, payload=b"".join(parts))
 
-    def open(self, model: type[H], study: Study, *, signed: bool = True) -> H:
+    def open(self, model: type[H], study: Study) -> H:
         """The header, after all checks that need no state: form, study, signature, payload.
 
-        Args:
-            signed: the header names a hospital, whose signature must be right.
+        A header that names a hospital must be signed by it; any other by the coordinator.
 
         Raises:
             MessageError: MSG_FORMAT, MSG_STUDY, MSG_SENDER, MSG_SIGNATURE or MSG_TOO_LARGE.
         """
         if self.kind != model.__name__:
             raise MessageError("MSG_FORMAT", f"a message {model.__name__} was expected", "envelope")
-        header = parse(self.header, model)
-        if header.study != study.hash:
-            raise MessageError("MSG_STUDY", f"study {header.study[:12]} instead of {study.hash[:12]}", self.kind)
-        if signed:
-            check_signature(header, self.header, self.signature, study)
+        header = open_signed(model, self.header, self.signature, study)
         size, digest = getattr(header, "payload_bytes", 0), getattr(header, "payload_sha256", None)
         if len(self.payload) != size:
             raise MessageError("MSG_FORMAT", "the payload's length is not the one announced", self.kind)
@@ -214,16 +325,32 @@ def parse(raw: bytes, model: type[H]) -> H:
     return header
 
 
-def check_signature(header: Header, raw: bytes, signature: str, study: Study) -> None:
-    """Is this signed by the hospital that it names? Raises MessageError MSG_SENDER or MSG_SIGNATURE."""
-    name = getattr(header, "hospital", "")
-    if name not in {site.name for site in study.sites}:
-        raise MessageError("MSG_SENDER", "the sender is not in the roster", type(header).__name__)
+def open_signed(model: type[H], raw: bytes, signature: str, study: Study) -> H:
+    """A header of this study, signed by the hospital that it names, or by the coordinator if it names none.
+
+    Raises:
+        MessageError: MSG_FORMAT, MSG_STUDY, MSG_SENDER, MSG_SIGNATURE.
+    """
+    header = parse(raw, model)
+    if header.study != study.hash:
+        raise MessageError("MSG_STUDY", f"study {header.study[:12]} instead of {study.hash[:12]}", model.__name__)
+    public = study.coordinator_key
+    if "hospital" in model.model_fields:
+        name = getattr(header, "hospital", "")
+        if name not in {site.name for site in study.sites}:
+            raise MessageError("MSG_SENDER", "the sender is not in the roster", model.__name__)
+        public = study.site(name).signing_key
     try:
         binary = bytes.fromhex(signature)
     except ValueError:
         binary = b""
-    keys.verify(study.site(name).signing_key, binary, raw, type(header).__name__)
+    keys.verify(public, binary, raw, model.__name__)
+    return header
+
+
+def open_shown(model: type[H], signed: Signed, study: Study) -> H:
+    """A signed header that somebody else shows. Raises like `open_signed`."""
+    return open_signed(model, signed.header.encode(), signed.signature, study)
 
 
 def open_certificate(certificate: Certificate, study: Study) -> dict[str, Update]:
@@ -235,14 +362,10 @@ def open_certificate(certificate: Certificate, study: Study) -> dict[str, Update
     """
     updates: dict[str, Update] = {}
     for signed in certificate.updates:
-        raw = signed.header.encode()
-        update = parse(raw, Update)
-        if update.study != study.hash:
-            raise MessageError("MSG_STUDY", "the certificate holds an update of another study", "Certificate")
-        check_signature(update, raw, signed.signature, study)
+        update = open_shown(Update, signed, study)
         if update.hospital in updates or update.weight != study.site(update.hospital).weight:
             raise MessageError("MSG_SENDER", "an update counts twice or has another weight", "Certificate")
-        if any(getattr(update, f) != getattr(certificate, f) for f in ("round", "attempt", "cohort", "key_id")):
+        if any(getattr(update, f) != getattr(certificate, f) for f in ROUND_FIELDS):
             raise MessageError("MSG_ROUND", "the certificate mixes rounds, attempts or cohorts", "Certificate")
         updates[update.hospital] = update
     if tuple(sorted(updates)) != tuple(sorted(certificate.cohort)):
@@ -250,3 +373,24 @@ def open_certificate(certificate: Certificate, study: Study) -> dict[str, Update
     if len({u.model_hash for u in updates.values()}) != 1:
         raise MessageError("MSG_ROUND", "updates of the certificate start from different models", "Certificate")
     return updates
+
+
+def join_parts(parts: Sequence[bytes]) -> bytes:
+    """Byte strings as one, each behind its length (8 bytes, little endian)."""
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def split_parts(data: bytes) -> list[bytes]:
+    """The inverse of `join_parts`.
+
+    Raises:
+        MessageError: MSG_FORMAT, the lengths do not add up.
+    """
+    parts, start = [], 0
+    while start < len(data):
+        end = start + 8 + int.from_bytes(data[start : start + 8], "little")
+        if start + 8 > len(data) or end > len(data):
+            raise MessageError("MSG_FORMAT", "the lengths of the parts do not add up", "payload")
+        parts.append(data[start + 8 : end])
+        start = end
+    return parts
