@@ -90,11 +90,10 @@ HINTS: dict[str, str] = {
     "KEY_PERMISSIONS": "a private key must be readable by its owner alone: chmod 600",
     "KEY_FORMAT": "this is not a key of the expected kind",
     "KEY_PASSPHRASE": "FEDMEDGAN_PASSPHRASE_FILE must name a file of mode 0600 that holds the passphrase of the keys",
-    "KEY_EPOCH": "the key epochs do not follow each other; never put an old key file back",
     "KEY_UNWRAP": "ask the hospital that made the key epoch to make a new one",
     "KEY_CONFIRM": "hospitals hold different keys; no round was started: make a new key epoch",
     "KEY_STOPPED": "find out who altered the sums; then a person allows a new key: `fedmedgan site rotate`",
-    "KEY_EPOCH": "the message belongs to another key epoch; the coordinator sends the right one",
+    "KEY_EPOCH": "not the key epoch that comes next: the coordinator sends the right one; never put an old key back",
     "ROUND_REJECTED": "the sum is not what the cohort sent; the model was left as it was",
     # messages
     "MSG_SIGNATURE": "the message was not signed by the hospital that it names",
