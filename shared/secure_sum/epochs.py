@@ -117,18 +117,10 @@ def confirmation(epoch: Epoch, *, study_hash: str, hospital: str) -> str:
     HMAC-SHA256 under the MAC root over study, number, key id, members and hospital. The key id is a hash of both
     keys, so equal confirmations mean equal keys.
     """
-    about: dict[str, Any] = {
-        "study": study_hash,
-        "number": epoch.number,
-        "key_id": epoch.key_id,
-        "members": list(epoch.members),
-        "hospital": hospital,
-    }
-    message = b"fedmedgan/epoch-confirmation/v1\0" + rfc8785.dumps(about)
-    return hmac.new(epoch.mac_root, message, hashlib.sha256).hexdigest()
+    return _confirmation(epoch, study_hash, hospital)
 
 
-def check_confirmation(epoch: Epoch, given: str, *, study_hash: str, hospital: str) -> None:
+def check_confirmation(epoch: Epoch, *, study_hash: str, hospital: str, confirmation: str) -> None:
     """Check another hospital's confirmation against one's own epoch, in constant time.
 
     | case | code |
@@ -140,10 +132,22 @@ def check_confirmation(epoch: Epoch, given: str, *, study_hash: str, hospital: s
     Raises:
         CryptoError: KEY_CONFIRM.
     """
-    expected = confirmation(epoch, study_hash=study_hash, hospital=hospital)
-    same = hmac.compare_digest(expected.encode(), given.encode(errors="replace"))
+    expected = _confirmation(epoch, study_hash, hospital)
+    same = hmac.compare_digest(expected.encode(), confirmation.encode(errors="replace"))
     if not same or hospital not in epoch.members:
         raise CryptoError("KEY_CONFIRM", f"the hospital does not hold the keys of epoch {epoch.number}", hospital)
+
+
+def _confirmation(epoch: Epoch, study_hash: str, hospital: str) -> str:
+    about: dict[str, Any] = {
+        "study": study_hash,
+        "number": epoch.number,
+        "key_id": epoch.key_id,
+        "members": list(epoch.members),
+        "hospital": hospital,
+    }
+    message = b"fedmedgan/epoch-confirmation/v1\0" + rfc8785.dumps(about)
+    return hmac.new(epoch.mac_root, message, hashlib.sha256).hexdigest()
 
 
 def _info(study_hash: str, number: int, key_id: str, members: tuple[str, ...], sender: str, recipient: str) -> bytes:
