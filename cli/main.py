@@ -10,6 +10,7 @@ from typing import Annotated
 # Nobody outside learns that a study runs: set before anything imports Flower or Ray.
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
+import click
 import typer
 
 from fedmedgan.cli import dataset, output, simulate, study
@@ -40,9 +41,16 @@ def options(
 
 
 def run() -> None:
-    """Entry point: an error of ours, or a part that is not installed, is one line and exit code 2."""
+    """Entry point: an error of ours, a mistyped command, or a part that is not installed, is one line and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError:  # the help was printed already
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fedmedgan"
+        hint = f"`{command} --help` shows what can be given"
+        output.emit_error(RunError("RUN_USAGE", error.format_message().rstrip("."), command, hint))
+        sys.exit(2)
     except FedMedGanError as error:
         output.emit_error(error)
         sys.exit(2)

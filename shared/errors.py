@@ -110,6 +110,7 @@ HINTS: dict[str, str] = {
     "MODEL_MISMATCH": "the weights belong to another network or study",
     "MODEL_DIVERGED": "hospitals hold different models; the run was stopped",
     # the run
+    "RUN_USAGE": "`fedmedgan --help` shows the commands and their options",
     "RUN_PATH": "choose a folder that is new or empty",
     "RUN_QUORUM": "fewer than three hospitals took part; start again when they are back",
     "RUN_DEVICE": 'choose device = "cpu", or install the driver',
@@ -119,7 +120,21 @@ HINTS: dict[str, str] = {
     "RUN_NODE": "the hospital's process ended; its SuperNode's log says why",
     "RUN_TIMEOUT": "the hospital did not answer in time; it may come back in the next round",
     "RUN_LEFT": "this hospital has left the study and takes no further part",
+    "RUN_BUNDLE": "the coordinator must start the study with `fedmedgan server start`; nothing of this bundle was run",
     "RUN_CRASHED": "an unforeseen error; the hospital's own events.jsonl holds it",
+    # the way to the coordinator, and this machine, as `site doctor` sees them
+    "KIT_CONFIG": "mend consortium.toml, or ask for a kit that was made anew",
+    "KIT_CHANGED": "get the kit again from whoever made it, and compare the fingerprint of ca.crt",
+    "KIT_PATH": "give the folder that `fedmedgan kit make` wrote",
+    "NET_DNS": "mend `host` of the kit's site.toml, or ask the network team to make the name known",
+    "NET_PORT": "ask the network team to let this machine reach that host and port, or the coordinator to start it",
+    "NET_TLS": "that is not the consortium's server: a proxy that opens TLS must let it through, or get the kit again",
+    "NET_HEALTH": "the SuperLink is not running well: tell the coordinator",
+    "NET_CLOCK": "set this machine's clock: timedatectl set-ntp true",
+    "NET_KEY": "the coordinator has to register supernode.pub of this kit: `flwr supernode register`",
+    "SITE_DISK": "free some disk, on a local file system that the hospital's user may write to",
+    "SITE_GPU": "end what else uses the GPU, or choose device = 'cpu' in policy.toml",
+    "SITE_DATA": "`fedmedgan dataset check FOLDER` says for each file why it cannot be used",
 }
 """code -> what to do about it. A code is never used for a second meaning."""
 
