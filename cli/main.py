@@ -41,7 +41,7 @@ def options(
 
 
 def run() -> None:
-    """Entry point: an error of ours, a mistyped command, or a part that is not installed, is one line and exit code 2."""
+    """Entry point: an error of ours, a mistyped command, or a missing part is one line and exit code 2."""
     try:
         sys.exit(app(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError:  # the help was printed already
