@@ -86,6 +86,7 @@ HINTS: dict[str, str] = {
     "HE_SHAPE": "the number of ciphertexts does not fit the model of this study",
     "HE_RANGE": "a value does not fit its slot; report this as a bug",
     "HE_NOT_FINITE": "the update holds NaN or infinity: lower the learning rates",
+    "HE_WORKER": "the process that adds ciphertexts ended; the round is added again from the stored updates",
     "KEY_MISSING": "the key file is not there; `fedmedgan site doctor` explains how to get it",
     "KEY_PERMISSIONS": "a private key must be readable by its owner alone: chmod 600",
     "KEY_FORMAT": "this is not a key of the expected kind",
@@ -104,6 +105,7 @@ HINTS: dict[str, str] = {
     "MSG_KEY": "the message was made with another key",
     "MSG_SENDER": "the sender is not a member of this study or this round",
     "MSG_REPLAY": "this hospital's update was already counted",
+    "MSG_EQUIVOCATION": "a hospital sent two different messages where one counts; ask it why before going on",
     # models
     "MODEL_NOT_FINITE": "training diverged: lower the learning rates",
     "MODEL_HASH": "the checkpoint was damaged or altered; it was not loaded",
@@ -112,6 +114,7 @@ HINTS: dict[str, str] = {
     # the run
     "RUN_USAGE": "`fedmedgan --help` shows the commands and their options",
     "RUN_PATH": "choose a folder that is new or empty",
+    "RUN_JOURNAL": "one coordinator at a time, on a disk with room; otherwise restore the folder from its backup",
     "RUN_QUORUM": "fewer than three hospitals took part; start again when they are back",
     "RUN_DEVICE": 'choose device = "cpu", or install the driver',
     "RUN_EXTRA": "install the extra that is named",
