@@ -35,12 +35,17 @@ def content_hash(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], **notes: str | int) -> str:
-    """Write arrays and notes so that they survive a crash at any point. Returns the content hash."""
+    """Write arrays and notes so that they survive a crash at any point. Returns the content hash of the arrays."""
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
-    digest = content_hash(contiguous)
-    metadata = {"sha256": digest, "notes": json.dumps(notes, sort_keys=True)}
+    digest, text = content_hash(contiguous), json.dumps(notes, sort_keys=True)
+    metadata = {"sha256": _with_notes(digest, text), "notes": text}
     write_bytes(path, safetensors_save(contiguous, metadata=metadata))
     return digest
+
+
+def _with_notes(digest: str, notes: str) -> str:
+    """SHA-256 over the content hash and the notes: a flipped digit of a round number is no other round."""
+    return hashlib.sha256(f"{digest} {notes}".encode()).hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -61,16 +66,18 @@ def read(path: Path) -> tuple[Arrays, dict[str, str | int]]:
     """Arrays and notes of a file that `write` made.
 
     Raises:
-        ModelError: MODEL_HASH, the file is missing, cut, or any bit of its arrays differs.
+        ModelError: MODEL_HASH, the file is missing, cut, or any bit of its arrays or notes differs.
     """
     try:
         raw = path.read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        metadata, arrays = header["__metadata__"], safetensors_load(raw)
-        notes = json.loads(metadata["notes"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        stored, text = header["__metadata__"]["sha256"], header["__metadata__"]["notes"]
+        arrays = safetensors_load(raw)
+        digest = _with_notes(content_hash(arrays), text)
+        notes = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         raise ModelError("MODEL_HASH", "the checkpoint is missing or damaged", path.name) from None
-    if content_hash(arrays) != metadata["sha256"]:
+    if digest != stored or not isinstance(notes, dict):
         raise ModelError("MODEL_HASH", "the checkpoint's content differs from its hash", path.name)
     return arrays, notes
 
@@ -124,11 +131,29 @@ def optimizer_arrays(**optimizers: torch.optim.Optimizer) -> Arrays:
 
 
 def load_optimizers(arrays: Mapping[str, np.ndarray], **optimizers: torch.optim.Optimizer) -> None:
-    """Put states from `optimizer_arrays` back."""
-    for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, torch.Tensor]] = {}
+    """Put states from `optimizer_arrays` back.
+
+    Raises:
+        ModelError: MODEL_MISMATCH, these are not states of these optimisers; none of them was changed.
+    """
+    states: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in optimizers}
+    try:
         for key, array in arrays.items():
             owner, index, field = key.split(".")
-            if owner == name:
-                state.setdefault(int(index), {})[field] = torch.from_numpy(array.copy())
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            states[owner].setdefault(int(index), {})[field] = torch.from_numpy(array.copy())
+        fits = all(_fits(optimizer, states[name]) for name, optimizer in optimizers.items())
+    except (KeyError, ValueError, IndexError, TypeError):
+        fits = False
+    if not fits:
+        raise ModelError("MODEL_MISMATCH", "the states belong to other optimisers or networks", "optimizers")
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states[name]})
+
+
+def _fits(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, torch.Tensor]]) -> bool:
+    """Whether both moments of Adam have the shapes of the parameters. Raises KeyError, IndexError."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return all(
+        parameters[index].shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape
+        for index, moments in state.items()
+    )
