@@ -17,7 +17,7 @@ from fedmedgan.shared.study import SiteName
 
 NAME = "site.toml"
 
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]{0,252}[A-Za-z0-9])?$")]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}$")]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A file beside `site.toml`: no folder, so a kit cannot point outside itself."""
