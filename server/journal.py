@@ -20,17 +20,15 @@ What is held, and when it is deleted: docs/decisions/0008-server-journal.md.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from fedmedgan.server.storage import Database, disk, lock, problem, sync, write
 from fedmedgan.shared import crash
 from fedmedgan.shared.errors import MessageError, ModelError, RunError
 from fedmedgan.shared.messages import Certificate, Envelope, H, RoundOpen, Signed, Update, parse
@@ -88,16 +86,15 @@ class Journal:
 
     def __init__(self, folder: Path, study_hash: str) -> None:
         self._updates, self._sums = folder / "updates", folder / "sums"
-        with ExitStack() as undo, _disk():
+        with ExitStack() as undo, disk():
             for path in (folder, self._updates, self._sums):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = _locked(folder / "journal.lock")
-            undo.callback(os.close, lock)
-            self._db = _connect(folder / "journal.db")
+            undo.callback(os.close, lock(folder / "journal.lock"))
+            self._db = Database(folder / "journal.db")
             undo.callback(self._db.close)
             self._prepare(study_hash)
             self._delete_unheld()
-            _sync(folder)
+            sync(folder)
             self._open = undo.pop_all()
 
     def close(self) -> None:
@@ -119,13 +116,13 @@ class Journal:
             RunError: RUN_JOURNAL, the attempt was opened otherwise, or a later one or the certificate is there.
         """
         place, header = (opened.round, opened.attempt), opened.canonical().decode()
-        if self._value("SELECT header FROM attempts WHERE (round, attempt) = (?, ?)", *place) == header:
+        if self._db.value("SELECT header FROM attempts WHERE (round, attempt) = (?, ?)", *place) == header:
             return
         if place <= self._newest() or opened.round <= self.last_round():
-            raise _problem(f"attempt {opened.attempt} of round {opened.round} was opened otherwise, or is over")
-        with _disk(), self._db:
-            self._db.execute("INSERT INTO attempts VALUES (?, ?, ?)", (*place, header))
-            self._db.execute("UPDATE updates SET held = 0 WHERE held = 1")
+            raise problem(f"attempt {opened.attempt} of round {opened.round} was opened otherwise, or is over")
+        with self._db.transaction() as db:
+            db.execute("INSERT INTO attempts VALUES (?, ?, ?)", (*place, header))
+            db.execute("UPDATE updates SET held = 0 WHERE held = 1")
         self._delete_unheld()
 
     def attempt_under_way(self) -> RoundOpen | None:
@@ -133,7 +130,7 @@ class Journal:
         place = self._newest()
         if place[0] <= self.last_round():
             return None
-        return _parsed(self._value("SELECT header FROM attempts WHERE (round, attempt) = (?, ?)", *place), RoundOpen)
+        return _parsed(self._db.value("SELECT header FROM attempts WHERE (round, attempt) = (?, ?)", *place), RoundOpen)
 
     def accept(self, opened: RoundOpen, envelope: Envelope, update: Update) -> None:
         """Keep one hospital's update, already verified by the caller (aggregation.RoundSum).
@@ -144,7 +141,7 @@ class Journal:
         """
         place, header = (opened.round, opened.attempt), envelope.header.decode()
         query = "SELECT header, held FROM updates WHERE (round, attempt, hospital) = (?, ?, ?)"
-        stored, held = self._row(query, *place, update.hospital) or ("", 0)
+        stored, held = self._db.row(query, *place, update.hospital) or ("", 0)
         if stored not in ("", header):
             raise MessageError("MSG_EQUIVOCATION", f"{update.hospital} sent two updates for one attempt", "Update")
         under_way = place == self._newest() and opened.round > self.last_round()
@@ -152,12 +149,12 @@ class Journal:
             return
         if not under_way or place != (update.round, update.attempt):
             raise MessageError("MSG_ROUND", "the update is of an attempt that is over", "Update")
-        with _disk():
-            _write(self._updates / _update_name(*place, update.hospital), envelope.payload)
+        with disk():
+            write(self._updates / _update_name(*place, update.hospital), envelope.payload)
             crash.point("server.update-file")
             row = (*place, update.hospital, header, envelope.signature, update.ledger_seq, 1)
-            with self._db:
-                self._db.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            with self._db.transaction() as db:
+                db.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         crash.point("server.update-row")
 
     def accepted(self, opened: RoundOpen) -> Iterator[Envelope]:
@@ -167,16 +164,20 @@ class Journal:
         """
         query = """SELECT hospital, header, signature FROM updates
             WHERE held = 1 AND (round, attempt) = (?, ?) ORDER BY hospital"""
-        for hospital, header, signature in self._rows(query, opened.round, opened.attempt):
+        for hospital, header, signature in self._db.rows(query, opened.round, opened.attempt):
             path = self._updates / _update_name(opened.round, opened.attempt, hospital)
             payload = _read(path, _parsed(header, Update))
             if payload is None:
-                with _disk(), self._db:
-                    row = (opened.round, opened.attempt, hospital)
-                    self._db.execute("UPDATE updates SET held = 0 WHERE (round, attempt, hospital) = (?, ?, ?)", row)
-                self._delete_unheld()
+                self.drop(opened, hospital)
             else:
                 yield Envelope(kind="Update", header=header.encode(), signature=signature, payload=payload)
+
+    def drop(self, opened: RoundOpen, hospital: str) -> None:
+        """Delete an update that cannot be added, as if it had not been accepted. Its signed header stays."""
+        with self._db.transaction() as db:
+            row = (opened.round, opened.attempt, hospital)
+            db.execute("UPDATE updates SET held = 0 WHERE (round, attempt, hospital) = (?, ?, ?)", row)
+        self._delete_unheld()
 
     def certify(self, certificate: Certificate, payload: bytes) -> None:
         """Keep a round's encrypted sum and certificate; then delete the updates. Their signed headers stay.
@@ -185,34 +186,34 @@ class Journal:
             RunError: RUN_JOURNAL, the attempt is not the newest, or the round has another certificate.
         """
         place, header = (certificate.round, certificate.attempt), certificate.canonical().decode()
-        stored = self._value("SELECT header FROM certificates WHERE round = ?", certificate.round)
+        stored = self._db.value("SELECT header FROM certificates WHERE round = ?", certificate.round)
         if stored == header:
             return
         if stored is not None or place != self._newest():
-            raise _problem(f"round {certificate.round} has another certificate, or another attempt is under way")
-        with _disk():
-            _write(self._sum_path(certificate.round), payload)
+            raise problem(f"round {certificate.round} has another certificate, or another attempt is under way")
+        with disk():
+            write(self._sum_path(certificate.round), payload)
             crash.point("server.certificate-file")
-            with self._db:
-                self._db.execute("INSERT INTO certificates VALUES (?, ?, ?)", (*place, header))
-                self._db.execute("UPDATE updates SET held = 0 WHERE held = 1")
+            with self._db.transaction() as db:
+                db.execute("INSERT INTO certificates VALUES (?, ?, ?)", (*place, header))
+                db.execute("UPDATE updates SET held = 0 WHERE held = 1")
         crash.point("server.certificate-row")
         self._delete_unheld()
 
     def certificate(self, round: int) -> tuple[Certificate, bytes] | None:
         """A round's certificate and encrypted sum, for a hospital that missed it."""
-        header = self._value("SELECT header FROM certificates WHERE round = ?", round)
+        header = self._db.value("SELECT header FROM certificates WHERE round = ?", round)
         if header is None:
             return None
         certificate = _parsed(header, Certificate)
         payload = _read(self._sum_path(round), certificate)
         if payload is None:
-            raise _problem(f"the sum of round {round} is damaged or gone")
+            raise problem(f"the sum of round {round} is damaged or gone")
         return certificate, payload
 
     def last_round(self) -> int:
         """The newest round that has a certificate, 0 before the first."""
-        return self._value("SELECT max(round) FROM certificates") or 0
+        return self._db.value("SELECT max(round) FROM certificates") or 0
 
     def note_applied(self, round: int, hospital: str, model_hash: str) -> None:
         """Note which model a hospital says it holds.
@@ -221,20 +222,20 @@ class Journal:
             ModelError: MODEL_DIVERGED, another hospital said otherwise.
         """
         query = "SELECT hospital FROM applied WHERE round = ? AND hospital <> ? AND model_hash <> ?"
-        if self._value(query, round, hospital, model_hash):
+        if self._db.value(query, round, hospital, model_hash):
             raise ModelError("MODEL_DIVERGED", f"{hospital} holds another model after round {round}", "model hash")
-        with _disk(), self._db:
-            self._db.execute("INSERT OR REPLACE INTO applied VALUES (?, ?, ?)", (round, hospital, model_hash))
+        with self._db.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO applied VALUES (?, ?, ?)", (round, hospital, model_hash))
 
     def model_hash(self, round: int) -> str:
         """Of the model that hospitals hold after a round, "" where none has said so."""
-        return self._value("SELECT model_hash FROM applied WHERE round = ?", round) or ""
+        return self._db.value("SELECT model_hash FROM applied WHERE round = ?", round) or ""
 
     def anchors(self) -> tuple[Signed, ...]:
         """The signed Update of each hospital with the highest ledger number: how long its ledger was, in its word."""
         # SQLite takes the other columns from the row of the maximum (sqlite.org/lang_select.html#bareagg).
         query = "SELECT header, signature, max(ledger_seq) FROM updates GROUP BY hospital ORDER BY hospital"
-        return tuple(_signed(header, signature) for header, signature, _ in self._rows(query))
+        return tuple(_signed(header, signature) for header, signature, _ in self._db.rows(query))
 
     # ---- key epochs
 
@@ -244,25 +245,25 @@ class Journal:
         Raises:
             MessageError: MSG_EQUIVOCATION, another offer for this epoch is there.
         """
-        stored = self._value("SELECT header FROM offers WHERE number = ?", number)
+        stored = self._db.value("SELECT header FROM offers WHERE number = ?", number)
         if stored not in (None, offer.header):
             raise MessageError("MSG_EQUIVOCATION", f"a second offer for key epoch {number}", "KeyOffer")
         if stored is None:
-            with _disk(), self._db:
+            with self._db.transaction() as db:
                 row = (number, leader, offer.header, offer.signature)
-                self._db.execute("INSERT INTO offers VALUES (?, ?, ?, ?)", row)
+                db.execute("INSERT INTO offers VALUES (?, ?, ?, ?)", row)
                 rows = [(number, hospital, blob) for hospital, blob in blobs.items()]
-                self._db.executemany("INSERT INTO wrapped VALUES (?, ?, ?)", rows)
+                db.executemany("INSERT INTO wrapped VALUES (?, ?, ?)", rows)
         crash.point("server.offer-stored")
 
     def offer(self, number: int) -> Signed | None:
         """The leader's signed KeyOffer, or None."""
-        row = self._row("SELECT header, signature FROM offers WHERE number = ?", number)
+        row = self._db.row("SELECT header, signature FROM offers WHERE number = ?", number)
         return _signed(*row) if row else None
 
     def blob(self, number: int, hospital: str) -> bytes | None:
         """A member's wrapped key; None before the offer, and again once the epoch is sealed."""
-        return self._value("SELECT blob FROM wrapped WHERE (number, hospital) = (?, ?)", number, hospital)
+        return self._db.value("SELECT blob FROM wrapped WHERE (number, hospital) = (?, ?)", number, hospital)
 
     def note_ready(self, number: int, hospital: str, ready: Signed) -> None:
         """Keep a member's word that it holds the offered key.
@@ -271,18 +272,18 @@ class Journal:
             MessageError: MSG_EQUIVOCATION, it said something else before.
         """
         query = "SELECT header FROM readies WHERE (number, hospital) = (?, ?)"
-        stored = self._value(query, number, hospital)
+        stored = self._db.value(query, number, hospital)
         if stored not in (None, ready.header):
             raise MessageError("MSG_EQUIVOCATION", f"{hospital} confirmed two keys for epoch {number}", "KeyReady")
         if stored is None:
-            with _disk(), self._db:
+            with self._db.transaction() as db:
                 row = (number, hospital, ready.header, ready.signature)
-                self._db.execute("INSERT INTO readies VALUES (?, ?, ?, ?)", row)
+                db.execute("INSERT INTO readies VALUES (?, ?, ?, ?)", row)
 
     def readies(self, number: int) -> dict[str, Signed]:
         """The signed KeyReady of each member that has answered."""
         query = "SELECT hospital, header, signature FROM readies WHERE number = ? ORDER BY hospital"
-        return {hospital: _signed(*signed) for hospital, *signed in self._rows(query, number)}
+        return {hospital: _signed(*signed) for hospital, *signed in self._db.rows(query, number)}
 
     def seal_epoch(self, number: int, key_id: str, members: tuple[str, ...], since_round: int) -> None:
         """Every member has confirmed. The wrapped keys are deleted, and a request for rotation is answered.
@@ -292,15 +293,15 @@ class Journal:
         """
         epoch, current = EpochRow(number, key_id, tuple(members), since_round), self.current_epoch()
         if current and current != epoch and number <= current.number:
-            raise _problem(f"key epoch {number} was sealed otherwise, or is over")
+            raise problem(f"key epoch {number} was sealed otherwise, or is over")
         if current != epoch:
-            with _disk(), self._db:
+            with self._db.transaction() as db:
                 row = (number, key_id, json.dumps(epoch.members), since_round)
-                self._db.execute("INSERT INTO epochs VALUES (?, ?, ?, ?)", row)
-                self._db.execute("DELETE FROM wrapped WHERE number <= ?", (number,))
-                self._db.execute("DELETE FROM meta WHERE name = 'rotation'")
+                db.execute("INSERT INTO epochs VALUES (?, ?, ?, ?)", row)
+                db.execute("DELETE FROM wrapped WHERE number <= ?", (number,))
+                db.execute("DELETE FROM meta WHERE name = 'rotation'")
         crash.point("server.epoch-sealed")
-        self._truncate_log()
+        self._db.truncate_log()
 
     def current_epoch(self) -> EpochRow | None:
         """The newest sealed epoch."""
@@ -309,125 +310,71 @@ class Journal:
 
     def epochs(self) -> list[EpochRow]:
         """All sealed epochs, oldest first."""
-        rows = self._rows("SELECT number, key_id, members, since_round FROM epochs ORDER BY number")
+        rows = self._db.rows("SELECT number, key_id, members, since_round FROM epochs ORDER BY number")
         return [EpochRow(number, key_id, tuple(json.loads(names)), since) for number, key_id, names, since in rows]
 
     def newest_number(self) -> int:
         """Highest number of an epoch that was offered or sealed, 0 before the first."""
         query = "SELECT max(number) FROM (SELECT number FROM offers UNION SELECT number FROM epochs)"
-        return self._value(query) or 0
+        return self._db.value(query) or 0
 
     def note_leave(self, hospital: str, leave: Signed) -> None:
         """Keep a hospital's first word that it leaves."""
-        with _disk(), self._db:
+        with self._db.transaction() as db:
             row = (hospital, leave.header, leave.signature)
-            self._db.execute("INSERT OR IGNORE INTO leaves VALUES (?, ?, ?)", row)
+            db.execute("INSERT OR IGNORE INTO leaves VALUES (?, ?, ?)", row)
 
     def leaves(self) -> dict[str, Signed]:
         """The signed Leave of each hospital that has left."""
-        rows = self._rows("SELECT hospital, header, signature FROM leaves ORDER BY hospital")
+        rows = self._db.rows("SELECT hospital, header, signature FROM leaves ORDER BY hospital")
         return {hospital: _signed(*signed) for hospital, *signed in rows}
 
     def request_rotation(self) -> None:
         """Ask for a new key epoch; `seal_epoch` answers."""
-        with _disk(), self._db:
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('rotation', 'requested')")
+        with self._db.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO meta VALUES ('rotation', 'requested')")
 
     def rotation_requested(self) -> bool:
         """Was a new key epoch asked for, and none sealed since?"""
-        return self._value("SELECT value FROM meta WHERE name = 'rotation'") is not None
+        return self._db.value("SELECT value FROM meta WHERE name = 'rotation'") is not None
 
     # ---- inside
 
     def _prepare(self, study_hash: str) -> None:
-        version, tables = self._value("PRAGMA user_version"), self._value("SELECT count(*) FROM sqlite_master")
+        version, tables = self._db.value("PRAGMA user_version"), self._db.value("SELECT count(*) FROM sqlite_master")
         if version == tables == 0:
             if any(self._sums.iterdir()) or any(self._updates.iterdir()):
-                raise _problem("journal.db is gone, but rounds are stored beside it")
-            with self._db:
-                self._db.execute("BEGIN")
+                raise problem("journal.db is gone, but rounds are stored beside it")
+            with self._db.transaction() as db:
                 for statement in _SCHEMA:
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO meta VALUES ('study', ?)", (study_hash,))
-                self._db.execute(f"PRAGMA user_version = {FORMAT}")
+                    db.execute(statement)
+                db.execute("INSERT INTO meta VALUES ('study', ?)", (study_hash,))
+                db.execute(f"PRAGMA user_version = {FORMAT}")
         elif version != FORMAT:
-            raise _problem("it is of another version of fedmedgan")
-        if self._value("PRAGMA quick_check") != "ok":
-            raise _problem("it is damaged")
-        if self._value("SELECT value FROM meta WHERE name = 'study'") != study_hash:
-            raise _problem("it belongs to another study")
-        self._truncate_log()
-
-    def _truncate_log(self) -> None:
-        """Write the log into the database and empty it, so that what was deleted is in neither."""
-        self._value("PRAGMA wal_checkpoint(TRUNCATE)")
+            raise problem("it is of another version of fedmedgan")
+        if self._db.value("PRAGMA quick_check") != "ok":
+            raise problem("it is damaged")
+        if self._db.value("SELECT value FROM meta WHERE name = 'study'") != study_hash:
+            raise problem("it belongs to another study")
+        self._db.truncate_log()
 
     def _delete_unheld(self) -> None:
         """Delete every file that no row speaks for: settled rounds, and what a crash left behind."""
-        held = {_update_name(*row) for row in self._rows("SELECT round, attempt, hospital FROM updates WHERE held = 1")}
-        with _disk():
+        rows = self._db.rows("SELECT round, attempt, hospital FROM updates WHERE held = 1")
+        held = {_update_name(*row) for row in rows}
+        with disk():
             gone = [path for path in self._updates.iterdir() if path.name not in held]
             for path in (*gone, *self._sums.glob("*.tmp")):
                 path.unlink()
             if gone:
-                _sync(self._updates)
+                sync(self._updates)
 
     def _newest(self) -> tuple[int, int]:
         query = "SELECT round, attempt FROM attempts ORDER BY round DESC, attempt DESC LIMIT 1"
-        return self._row(query) or (0, 0)
+        return self._db.row(query) or (0, 0)
 
     def _sum_path(self, round: int) -> Path:
         return self._sums / f"round-{round:04d}.bin"
-
-    def _rows(self, query: str, *values: object) -> list[Any]:
-        with _disk():
-            return self._db.execute(query, values).fetchall()
-
-    def _row(self, query: str, *values: object) -> Any:
-        return next(iter(self._rows(query, *values)), None)
-
-    def _value(self, query: str, *values: object) -> Any:
-        return (self._row(query, *values) or (None,))[0]
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-    db = sqlite3.connect(path)
-    for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
-        db.execute(f"PRAGMA {setting}")
-    return db
-
-
-def _locked(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise _problem("another coordinator is at work in this folder") from None
-    return descriptor
-
-
-@contextmanager
-def _disk() -> Iterator[None]:
-    """What SQLite and the file system report, as our error. Their texts hold no path and no content."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _problem(f"it cannot be read or written ({error})") from None
-    except OSError as error:
-        raise _problem(f"a file of it cannot be read or written ({error.strerror})") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file as a whole or not at all, on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
 
 
 def _read(path: Path, header: Update | Certificate) -> bytes | None:
@@ -437,14 +384,6 @@ def _read(path: Path, header: Update | Certificate) -> bytes | None:
     except OSError:
         return None
     return payload if hashlib.sha256(payload).hexdigest() == header.payload_sha256 else None
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _update_name(round: int, attempt: int, hospital: str) -> str:
@@ -459,8 +398,4 @@ def _parsed(header: str, model: type[H]) -> H:
     try:
         return parse(header.encode(), model)
     except MessageError:
-        raise _problem(f"a stored {model.__name__} cannot be read") from None
-
-
-def _problem(what: str) -> RunError:
-    return RunError("RUN_JOURNAL", what, "journal")
+        raise problem(f"a stored {model.__name__} cannot be read") from None
