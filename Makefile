@@ -7,7 +7,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup simulate test lint bench-secure-sum bench-round clean
+.PHONY: setup simulate test lint bench-secure-sum bench-round bench-faults clean
 
 setup: .venv/installed
 
@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	rm -rf build/types && mkdir -p build/types/fedmedgan
-	for room in server client shared simulations cli; do ln -s $(CURDIR)/$$room build/types/fedmedgan/$$room; done
+	for room in server client shared deploy simulations cli; do ln -s $(CURDIR)/$$room build/types/fedmedgan/$$room; done
 	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases -p fedmedgan
 
 bench-secure-sum: setup
@@ -35,6 +35,9 @@ bench-secure-sum: setup
 
 bench-round: setup
 	$(BIN)/python benchmarks/round.py
+
+bench-faults: setup
+	$(BIN)/python benchmarks/faults
 
 clean:
 	rm -rf .venv build runs

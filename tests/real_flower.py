@@ -1,0 +1,103 @@
+"""A SuperLink and SuperNodes of a test's own: TLS, node authentication, free ports, ended by their process ids."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedmedgan.deploy import certificates
+from fedmedgan.deploy.environment import BIN, environment
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+class Consortium:
+    """A SuperLink and SuperNodes of our own, ended by their process ids."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.processes: list[subprocess.Popen] = []
+        self.flower = environment(folder / "flwr")
+        ca_key, ca = certificates.make_ca("test")
+        key, server = certificates.make_server(ca_key, ca, "127.0.0.1")
+        (folder / "ca.crt").write_bytes(certificates.certificate_pem(ca))
+        (folder / "server.crt").write_bytes(certificates.certificate_pem(server))
+        certificates.write_secret(folder / "server.key", certificates.key_pem(key))
+        (folder / "flwr").mkdir()
+        (folder / "flwr" / "config.toml").write_text(
+            f'[superlink.test]\naddress = "127.0.0.1:{self.port}"\nroot-certificates = "{folder / "ca.crt"}"\n'
+        )
+
+    def start(self, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, env=env, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        self.processes.append(process)
+        return process
+
+    def start_superlink(self) -> None:
+        tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
+        command = [str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port), *tls]
+        command += ["--enable-supernode-auth", "--disable-runtime-dependency-installation", "--database", "state.db"]
+        process = self.start("superlink", command, self.flower)
+        context = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
+
+        def healthy() -> bool:
+            assert process.poll() is None, (self.folder / "superlink.log").read_text()
+            try:
+                with urllib.request.urlopen(f"https://127.0.0.1:{self.port}/health", context=context, timeout=2) as r:
+                    return bool(r.status == 200)
+            except OSError:
+                return False
+
+        until(healthy, 60, "the SuperLink is up")
+
+    def flwr(self, *arguments: str) -> str:
+        command = [str(BIN / "flwr"), *arguments]
+        done = subprocess.run(command, env=self.flower, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start_supernode(self, name: str, *first: Path) -> Path:
+        """Returns the hospital's home."""
+        home = self.folder / name
+        home.mkdir()
+        private, public = certificates.supernode_pair()
+        certificates.write_secret(home / "supernode.key", private)
+        (home / "supernode.pub").write_bytes(public)
+        self.flwr("supernode", "register", str(home / "supernode.pub"), "test")
+        command = [str(BIN / "flower-supernode"), "--superlink", f"127.0.0.1:{self.port}"]
+        command += ["--root-certificates", "ca.crt", "--auth-supernode-private-key", str(home / "supernode.key")]
+        command += ["--port", str(free_port()), "--node-config", f'home="{home}"']
+        self.start(name, command, environment(home / "flwr", *first))
+        return home
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+        for process in reversed(self.processes):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
