@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.shared.errors import FedMedGanError, RunError
 from fedmedgan.shared.eventlog import EventLog
-from fedmedgan.shared.messages import Certificate, Envelope, Refusal, RoundOpen
+from fedmedgan.shared.messages import Certificate, Envelope, EpochOpen, EpochStart, KeyGrant, Refusal, Roll, RoundOpen
 
 MAX_PAYLOAD_BYTES = 4 << 30
 
@@ -57,19 +57,30 @@ def make_app(
 
     @app.query()
     def roll(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda hospital, _: hospital.present())
+        return answer(message, context, lambda h, envelope: h.present(envelope.open(Roll, h.study)))
+
+    @app.train("key")
+    def key_epoch(message: Message, context: Context) -> Message:
+        def reply(hospital: Hospital, envelope: Envelope) -> Envelope:
+            if envelope.kind == EpochOpen.__name__:
+                return hospital.offer_key(envelope.open(EpochOpen, hospital.study))
+            if envelope.kind == KeyGrant.__name__:
+                return hospital.take_key(envelope.open(KeyGrant, hospital.study), envelope.payload)
+            return hospital.start_key(envelope.open(EpochStart, hospital.study))
+
+        return answer(message, context, reply)
 
     @app.train()
     def local_update(message: Message, context: Context) -> Message:
         def reply(hospital: Hospital, envelope: Envelope) -> Envelope:
-            return hospital.local_update(envelope.open(RoundOpen, hospital.study, signed=False))
+            return hospital.local_update(envelope.open(RoundOpen, hospital.study))
 
         return answer(message, context, reply)
 
     @app.train("apply")
     def apply_sum(message: Message, context: Context) -> Message:
         def reply(hospital: Hospital, envelope: Envelope) -> Envelope:
-            certificate = envelope.open(Certificate, hospital.study, signed=False)
+            certificate = envelope.open(Certificate, hospital.study)
             return hospital.apply_sum(certificate, envelope.payload)
 
         return answer(message, context, reply)

@@ -3,13 +3,17 @@
 Everything that a hospital knows lies in its home folder, so a message can be answered by a new process each time:
 
     policy.toml            its own rules                     client/policy.py
-    study.json             the agreement, and sigma for this site
-    keys/                  identity, key epoch, pseudonym key  shared/secure_sum/keys.py
+    study.json             the agreement, signed by all     shared/agreement.py
+    noise.json             sigma for this site
+    keys/                  identity and key epochs           shared/secure_sum/keys.py
     ledger.jsonl           what was spent, over all studies  shared/privacy/ledger.py
     model.safetensors      the shared model and its round    client/checkpoint.py
     optimizers.safetensors its own Adam states
     update.safetensors     the update of the open round, until its sum was applied
     attempt.json           for which cohort it was sealed last
+    outbox.msg             the sealed update as it was sent: sent again byte for byte
+    anchors.json           how long the others' ledgers were  client/anchors.py
+    rejected.json, rotation-allowed.json                      client/key_epochs.py
     cache/, samples/, events.jsonl
 """
 
@@ -25,35 +29,52 @@ import numpy as np
 import rfc8785
 import torch
 
-from fedmedgan.client import checkpoint
+from fedmedgan.client import anchors, checkpoint
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import cdcgan
-from fedmedgan.client.joining import ATTEMPT
+from fedmedgan.client.joining import ATTEMPT, LEFT, NOISE, OUTBOX, keep
+from fedmedgan.client.key_epochs import KeyEpochs
 from fedmedgan.client.policy import Policy
 from fedmedgan.client.release import pictures
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
-from fedmedgan.shared.errors import DataError, FedMedGanError, MessageError, ModelError, RunError, StudyError
+from fedmedgan.shared import crash
+from fedmedgan.shared.agreement import Agreement
+from fedmedgan.shared.errors import (
+    CryptoError,
+    DataError,
+    FedMedGanError,
+    MessageError,
+    ModelError,
+    RunError,
+    StudyError,
+)
 from fedmedgan.shared.eventlog import EventLog
 from fedmedgan.shared.messages import (
     MAX_LOSS,
+    ROUND_FIELDS,
     Applied,
     Certificate,
     Envelope,
+    EpochOpen,
+    EpochStart,
+    Header,
+    KeyGrant,
+    Leave,
     Present,
+    Roll,
     RoundOpen,
     Update,
     open_certificate,
 )
 from fedmedgan.shared.privacy.budget import Budget
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import Ledger
+from fedmedgan.shared.privacy.ledger import History, Ledger
 from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.secure_sum.quantize import plan_for
-from fedmedgan.shared.study import from_agreed
 
 SAMPLE_COLUMNS = 8
 
@@ -70,28 +91,90 @@ class Hospital:
         self.log = EventLog(home / "events.jsonl")
         self.policy = Policy.load(home / "policy.toml")
         self.keys = HospitalKeys.load(home / "keys")
-        agreed = json.loads((home / "study.json").read_text(encoding="utf-8"))
-        self.study = from_agreed(agreed, "study.json")
-        self.sigma: float = agreed["noise_multiplier"]
+        self.agreement = Agreement.load(home / "study.json")
+        self.study = self.agreement.study
+        self.sigma = self._load_sigma()
         self.site = self.study.site(self.policy.site)
         self.index = self.study.index(self.site.name)
-        self.key_id = self.keys.key_id
         self.networks = cdcgan.build(self.study.images, self.study.gan)
-        self.model, self.applied_round = self._load_model()
+        self.model, self.applied_round, self.model_ledger = self._load_model()
         self.model_hash = checkpoint.content_hash(self.model)
         self.plan = plan_for(self.study, checkpoint.flatten(self.model).size)
 
-    def present(self) -> Envelope:
-        """Who is there: the answer to `Roll`."""
+    # ---- who is there, and with which key
+
+    def present(self, roll: Roll) -> Envelope:
+        """Who is there: the answer to `Roll`, once all have signed and the ledger is as long as it ever was.
+
+        Raises:
+            StudyError: STUDY_SIGNATURE. PrivacyError: LEDGER_*. MessageError: a signature in the roll is not right.
+        """
+        if (self.home / LEFT).exists():
+            return self._signed(Leave(study=self.study.hash, hospital=self.site.name))
+        agreement = self.agreement
+        for approval in roll.approvals:
+            agreement = agreement.with_signature(approval.hospital, approval.signature)
+        agreement.require_all()
+        if self.agreement.missing():
+            keep(self.home, agreement)
+        self.agreement = agreement
+        self.policy.grant_model(self.plan.n_values)
+        anchors.check_own(self._ledger_history(), self.site.name, roll.anchors, self.study)
+        return self._present()
+
+    def _present(self) -> Envelope:
+        epoch = self.keys.epoch
         header = Present(
             study=self.study.hash,
             hospital=self.site.name,
-            key_id=self.key_id,
+            epoch=epoch.number if epoch else 0,
+            key_id=epoch.key_id if epoch else "",
             parameters=self.plan.n_values,
             applied_round=self.applied_round,
             model_hash=self.model_hash,
         )
-        return Envelope.seal(header, self.keys.signing)
+        return self._signed(header)
+
+    def offer_key(self, opened: EpochOpen) -> Envelope:
+        """Make and wrap the key of a new epoch: the leader's part. Raises like `KeyEpochs.offer`."""
+        self._require_consent()
+        header, payload = self._epochs().offer(opened)
+        return self._signed(header, payload)
+
+    def take_key(self, grant: KeyGrant, wrapped: bytes) -> Envelope:
+        """Keep a wrapped key as the next one. Raises like `KeyEpochs.take`."""
+        self._require_consent()
+        return self._signed(self._epochs().take(grant, wrapped))
+
+    def start_key(self, started: EpochStart) -> Envelope:
+        """Use the next key from now on. Raises like `KeyEpochs.start`."""
+        self._require_consent()
+        self._epochs().start(started)
+        self.keys = HospitalKeys.load(self.home / "keys")
+        return self._present()
+
+    def _epochs(self) -> KeyEpochs:
+        return KeyEpochs(self.home, self.study, self.policy, self.keys, self.applied_round)
+
+    def _require_consent(self) -> None:
+        """All hospitals have signed the study, this one has not left it, and its ledger is whole.
+
+        Raises:
+            StudyError: STUDY_SIGNATURE. RunError: RUN_LEFT. PrivacyError: LEDGER_*.
+        """
+        if (self.home / LEFT).exists():
+            raise RunError("RUN_LEFT", "this hospital has left the study", self.site.name)
+        self.agreement.require_all()
+        self._ledger_history()
+
+    def _ledger_history(self) -> History:
+        """The verified ledger, which must reach at least to where it was when the model was written."""
+        history = read_ledger(self.home / "ledger.jsonl")
+        history.check_anchor(*self.model_ledger)
+        return history
+
+    def _signed(self, header: Header, payload: bytes = b"") -> Envelope:
+        return Envelope.seal(header, self.keys.signing, payload)
 
     # ---- phase 1: local gradients, encrypted
 
@@ -105,13 +188,19 @@ class Hospital:
             PrivacyError: BUDGET_EXHAUSTED, LEDGER_*: nothing was trained.
             DataError, ModelError, CryptoError: see there.
         """
+        self._require_consent()
+        self._epochs().check_running()
         self._check(opened)
+        sent = self._outbox(opened)
+        if sent is not None:
+            return sent
         self._remember_attempt(opened)
         start = (opened.round, self.model_hash, self.study.hash)
         if not self._update_file.exists() or self._stored_update()[0] != start:
             self._train(opened.round)  # an update of a round that is over, left by a crash, is replaced
         _, arrays, notes = self._stored_update()
         payload = self._seal(arrays["levels"].astype(np.int64), int(notes["saturated"]), opened)
+        crash.point("client.sealed")
         ledger = read_ledger(self.home / "ledger.jsonl")
         header = Update(
             **opened.model_dump(),
@@ -124,17 +213,29 @@ class Hospital:
             ledger_head=ledger.head,
             generator_loss=min(float(arrays["generator_loss"]), MAX_LOSS),
         )
-        return Envelope.seal(header, self.keys.signing, payload)
+        envelope = self._signed(header, payload)
+        checkpoint.write_bytes(self.home / OUTBOX, envelope.to_bytes())
+        crash.point("client.sent-stored")
+        return envelope
+
+    def _outbox(self, opened: RoundOpen) -> Envelope | None:
+        """The update of just this attempt as it was sent; None if it was not, or the file is damaged."""
+        try:
+            envelope = Envelope.from_bytes((self.home / OUTBOX).read_bytes())
+            update = envelope.open(Update, self.study)
+        except (OSError, MessageError):
+            return None
+        return envelope if all(getattr(update, f) == getattr(opened, f) for f in ROUND_FIELDS) else None
 
     def _check(self, opened: RoundOpen) -> None:
-        cohort = set(opened.cohort)
-        if opened.key_id != self.key_id:
+        cohort, epoch = set(opened.cohort), self.keys.epoch
+        if epoch is None or (opened.epoch, opened.key_id) != (epoch.number, epoch.key_id):
             raise MessageError("MSG_KEY", "the round names another key", "RoundOpen")
         if opened.round != self.applied_round + 1 or opened.round > self.study.training.rounds:
             what = f"round {opened.round} was opened, this hospital has applied {self.applied_round}"
             raise MessageError("MSG_ROUND", what, "RoundOpen")
-        if len(cohort) != len(opened.cohort) or not cohort <= {s.name for s in self.study.sites}:
-            raise MessageError("MSG_SENDER", "the cohort is not made of this study's sites", "RoundOpen")
+        if len(cohort) != len(opened.cohort) or not cohort <= set(epoch.members):
+            raise MessageError("MSG_SENDER", "the cohort is not made of this epoch's members", "RoundOpen")
         if self.site.name not in cohort or len(cohort) < self.policy.min_cohort:
             raise MessageError("MSG_SENDER", f"a cohort of {len(cohort)} without or too small for us", "RoundOpen")
 
@@ -155,6 +256,7 @@ class Hospital:
             Ledger(self.home / "ledger.jsonl", self.site.name) as ledger,
             self._budget(ledger).reserve(round, planned) as reservation,
         ):
+            crash.point("client.reserved")
             try:
                 patients = self.load_patients()
             except FedMedGanError:
@@ -163,6 +265,7 @@ class Hospital:
             began = time.perf_counter()
             losses, update_P = self._train_networks(PatientSampler(patients, rate, random), random)
             trained = time.perf_counter()
+            crash.point("client.trained")
             quantized = self.plan.quantize(update_P, self._rounding(round))
             checkpoint.write(
                 self._update_file,
@@ -172,7 +275,9 @@ class Hospital:
                 model_hash=self.model_hash,
                 saturated=quantized.saturated,
             )
+            crash.point("client.update-stored")
             reservation.charge(t.local_steps, noise_source=random.name)
+            crash.point("client.charged")
         self.log.write(
             "trained",
             round=round,
@@ -221,6 +326,7 @@ class Hospital:
             raise MessageError("MSG_REPLAY", "this round was already sealed for another cohort", "RoundOpen")
         latest = {"round": opened.round, "attempt": opened.attempt, "cohort": sorted(opened.cohort)}
         checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(latest).encode())
+        crash.point("client.attempt-noted")
 
     def _last_attempt(self, round: int) -> tuple[int, set[str]]:
         """The latest attempt of this round that was sealed here, and its cohort; (0, nobody) before the first."""
@@ -273,32 +379,56 @@ class Hospital:
             MessageError: the certificate is not right (MSG_*).
             CryptoError: HE_*, ROUND_REJECTED: the sum is not what the cohort sent; the model is left as it was.
         """
+        self._require_consent()
         if certificate.round != self.applied_round:
             self._apply_new(certificate, payload)
         self._update_file.unlink(missing_ok=True)
+        (self.home / OUTBOX).unlink(missing_ok=True)
+        crash.point("client.update-removed")
         header = Applied(
             study=self.study.hash, hospital=self.site.name, round=self.applied_round, model_hash=self.model_hash
         )
-        return Envelope.seal(header, self.keys.signing)
+        return self._signed(header)
 
     def _apply_new(self, certificate: Certificate, payload: bytes) -> None:
         began = time.perf_counter()
-        weights = self._check_certificate(certificate)
+        self._epochs().check_running()
+        updates = self._check_certificate(certificate)
+        known = anchors.load(self.home)
+        anchors.check_peers(known, updates, self.study)
+        weights = {self.study.index(name): update.weight for name, update in updates.items()}
         n_slots = self.plan.n_slots + proof.extra_slots(len(self.study.sites))
         n_blobs = cipher.blobs_for(n_slots)
         blobs = cipher.unframe(payload, kind="sum", n_blobs=n_blobs, **self._binding(certificate))
         total = cipher.HospitalCipher(self.keys.he_secret).decrypt(blobs, n_slots)
         decrypted = time.perf_counter()
-        slots = proof.open_sum(
-            total, n_sites=len(self.study.sites), weights=weights, mac_key=self._mac_key(certificate)
-        )
         cohort_weight = sum(weights.values())
-        mean_P = self.plan.mean(self.plan.unpack(slots, cohort_weight), cohort_weight)
+        try:
+            slots = proof.open_sum(
+                total, n_sites=len(self.study.sites), weights=weights, mac_key=self._mac_key(certificate)
+            )
+            mean_P = self.plan.mean(self.plan.unpack(slots, cohort_weight), cohort_weight)
+        except CryptoError:
+            self._epochs().note_rejected()  # counted before anybody hears of it
+            raise
+        crash.point("client.sum-checked")
         checked = time.perf_counter()
         self.model = checkpoint.unflatten(checkpoint.flatten(self.model) + mean_P, like=self.model)
         self.applied_round = certificate.round
         self.model_hash = checkpoint.content_hash(self.model)
-        checkpoint.write(self._model_file, self.model, round=self.applied_round, study=self.study.hash)
+        history = self._ledger_history()
+        self.model_ledger = (history.seq, history.head)
+        checkpoint.write(
+            self._model_file,
+            self.model,
+            round=self.applied_round,
+            study=self.study.hash,
+            ledger_seq=history.seq,
+            ledger_head=history.head,
+        )
+        crash.point("client.model-stored")
+        anchors.keep(self.home, known, updates, self.study)
+        crash.point("client.anchors-stored")
         checkpoint.load_networks(self.model, *self.networks)
         applied = time.perf_counter()
         self.draw_samples()
@@ -309,20 +439,27 @@ class Hospital:
             model_hash=self.model_hash,
         )
 
-    def _check_certificate(self, certificate: Certificate) -> dict[int, int]:
-        """Weights that are in the sum, by place in the roster."""
-        if certificate.key_id != self.key_id:
+    def _check_certificate(self, certificate: Certificate) -> dict[str, Update]:
+        """The signed updates that are in the sum, by hospital; our own byte for byte as it was sent."""
+        epoch = self.keys.epoch
+        if epoch is None or (certificate.epoch, certificate.key_id) != (epoch.number, epoch.key_id):
             raise MessageError("MSG_KEY", "the certificate names another key", "Certificate")
         if certificate.round != self.applied_round + 1:
             raise MessageError("MSG_ROUND", "the sum is not of the next round", "Certificate")
         if certificate.attempt < self._last_attempt(certificate.round)[0]:
             raise MessageError("MSG_ROUND", "the sum is of an attempt that was given up", "Certificate")
-        if len(certificate.cohort) < self.policy.min_cohort:
-            raise MessageError("MSG_SENDER", "the sum holds too few hospitals", "Certificate")
+        if len(certificate.cohort) < self.policy.min_cohort or not set(certificate.cohort) <= set(epoch.members):
+            raise MessageError("MSG_SENDER", "the sum holds too few hospitals, or strangers", "Certificate")
         updates = open_certificate(certificate, self.study)
         if next(iter(updates.values())).model_hash != self.model_hash:
             raise ModelError("MODEL_DIVERGED", "the cohort trained another model than ours", "Certificate")
-        return {self.study.index(name): update.weight for name, update in updates.items()}
+        if self.site.name in updates:
+            sent = self._outbox(certificate)
+            if sent is None or sent.shown() not in certificate.updates:
+                raise MessageError(
+                    "MSG_SENDER", "the sum holds an update that this hospital did not send", "Certificate"
+                )
+        return updates
 
     # ---- what the phases share
 
@@ -367,15 +504,26 @@ class Hospital:
     def _update_file(self) -> Path:
         return self.home / "update.safetensors"
 
-    def _load_model(self) -> tuple[checkpoint.Arrays, int]:
-        """The shared model and the round that it is of; before round 1 the study's initial weights."""
+    def _load_sigma(self) -> float:
+        try:
+            noise = json.loads((self.home / NOISE).read_text(encoding="utf-8"))
+            sigma, study = float(noise["noise_multiplier"]), noise["study"]
+        except (OSError, ValueError, KeyError, TypeError):
+            study, sigma = "", 0.0
+        if study != self.study.hash:
+            hint = "`fedmedgan study sign` works it out again"
+            raise StudyError("STUDY_HASH", "the noise was not worked out for this study", NOISE, hint=hint)
+        return sigma
+
+    def _load_model(self) -> tuple[checkpoint.Arrays, int, anchors.Anchor]:
+        """The shared model, its round, and the ledger as it was then; before round 1 the study's initial weights."""
         if not self._model_file.exists():
-            return checkpoint.network_arrays(*self.networks), 0
+            return checkpoint.network_arrays(*self.networks), 0, (0, "")
         arrays, notes = checkpoint.read(self._model_file)
         if notes["study"] != self.study.hash:
             raise ModelError("MODEL_MISMATCH", "the model belongs to another study", self._model_file.name)
         checkpoint.load_networks(arrays, *self.networks)
-        return arrays, int(notes["round"])
+        return arrays, int(notes["round"]), (int(notes["ledger_seq"]), str(notes["ledger_head"]))
 
     def _budget(self, ledger: Ledger) -> Budget:
         p = self.study.privacy
@@ -392,7 +540,7 @@ class Hospital:
         """What a ciphertext, a MAC key and a mask are good for: one attempt, and no other."""
         return {
             "study_hash": self.study.hash,
-            "key_id": self.key_id,
+            "key_id": message.key_id,
             "round": message.round,
             "attempt": message.attempt,
         }

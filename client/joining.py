@@ -1,4 +1,7 @@
-"""A hospital enters a study: its policy grants it, the noise is calibrated, the ledger is opened."""
+"""A hospital's own decisions: it makes its keys, signs a study and so enters it, allows a new key, or leaves.
+
+Each is a command that a person gives at the hospital; nothing that arrives over the wire can do any of it.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,98 @@ from pathlib import Path
 
 from fedmedgan.client import checkpoint
 from fedmedgan.client.policy import Policy
-from fedmedgan.shared.errors import StudyError
+from fedmedgan.shared.agreement import Agreement, Identity, sign
+from fedmedgan.shared.errors import RunError, StudyError
 from fedmedgan.shared.privacy.accounting import calibrate_noise
 from fedmedgan.shared.privacy.ledger import Ledger
-from fedmedgan.shared.secure_sum.keys import HospitalKeys
+from fedmedgan.shared.secure_sum.keys import HospitalKeys, generate_identity
 from fedmedgan.shared.study import Study
 
 ATTEMPT = "attempt.json"
-STATE = ("model.safetensors", "optimizers.safetensors", "update.safetensors", ATTEMPT, "samples")
-"""What belongs to one study in a home folder, beside study.json."""
+OUTBOX = "outbox.msg"
+LEFT = "left"
+ROTATION_ALLOWED = "rotation-allowed.json"
+REJECTED = "rejected.json"
+NOISE = "noise.json"
+STATE = (
+    "model.safetensors",
+    "optimizers.safetensors",
+    "update.safetensors",
+    ATTEMPT,
+    OUTBOX,
+    REJECTED,
+    ROTATION_ALLOWED,
+    LEFT,
+    NOISE,
+    "samples",
+)
+"""What belongs to one study in a home folder, beside study.json and the key epoch."""
 
 
-def join(home: Path, study: Study) -> None:
-    """The hospital enters a study: checks it against its policy, calibrates the noise, opens the ledger.
+def init_home(
+    home: Path, *, site: str, data: str, max_epsilon: float, device: str = "auto", passphrase: bytes | None = None
+) -> Identity:
+    """Make a hospital's home: its rules, its keys. Returns the public identity, which goes to the coordinator.
 
     Raises:
+        RunError: RUN_PATH, the folder is in use or cannot be written.
+        StudyError: CONFIG_TYPE, the policy would not be valid.
+    """
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (home / "policy.toml").exists() or (home / "keys").exists():
+            hint = "a hospital's identity is made once; choose another folder, or remove this one yourself"
+            raise RunError("RUN_PATH", "the folder holds a hospital already", str(home), hint=hint)
+        lines = [
+            f"# The rules of {site}. They outrank every study: the study asks, the hospital grants.",
+            f"site = {json.dumps(site)}",
+            f"data = {json.dumps(data)}",
+            f"max_epsilon = {float(max_epsilon)!r}  # for the same patients, over ALL studies",
+            "min_cohort = 3  # smallest number of hospitals in a sum",
+            f"device = {json.dumps(device)}",
+            "",
+        ]
+        (home / "policy.toml").write_text("\n".join(lines), encoding="utf-8")
+        try:
+            Policy.load(home / "policy.toml")
+        except StudyError:
+            (home / "policy.toml").unlink()
+            raise
+        own = generate_identity()
+        own.save(home / "keys", passphrase)
+    except OSError as error:
+        raise RunError("RUN_PATH", f"cannot be written ({error.strerror})", str(home)) from None
+    return identity(site, own)
+
+
+def identity(site: str, own: HospitalKeys) -> Identity:
+    """The public halves, signed."""
+    public = Identity(
+        role="hospital",
+        name=site,
+        signing_key=own.signing_public,
+        exchange_key=own.exchange_public,
+        wrapping_key=own.wrapping_public,
+    )
+    return public.signed(own.signing)
+
+
+def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement:
+    """The hospital enters a study: its policy grants it, the noise is calibrated, the ledger opened, the hash signed.
+
+    Returns:
+        The agreement with this hospital's signature; the same one is kept in the home.
+
+    Raises:
+        StudyError: STUDY_POLICY; STUDY_KEYS, the study has no keys or not this hospital's.
         PrivacyError: BUDGET_EXHAUSTED, LEDGER_*.
-        StudyError: STUDY_KEYS, the study has no keys or not this hospital's.
     """
     policy = Policy.load(home / "policy.toml")
-    keys = HospitalKeys.load(home / "keys")
+    keys = HospitalKeys.load(home / "keys", passphrase)
     site = study.site(policy.site)
     policy.grant(study)
-    if (site.signing_key, site.exchange_key) != (keys.signing_public, keys.exchange_public):
+    own = (keys.signing_public, keys.exchange_public, keys.wrapping_public)
+    if (site.signing_key, site.exchange_key, site.wrapping_key) != own:
         raise StudyError("STUDY_KEYS", "the study lists other keys for this hospital", site.name)
     sigma = calibrate_noise(
         epsilon=study.privacy.epsilon,
@@ -40,17 +112,46 @@ def join(home: Path, study: Study) -> None:
     with Ledger(home / "ledger.jsonl", site.name) as ledger:
         ledger.open_study(study.hash, delta=study.privacy.delta, ceiling=study.privacy.epsilon)
     _put_away(home, study)
-    agreed = {"study": study.model_dump(mode="json"), "hash": study.hash, "noise_multiplier": sigma}
-    checkpoint.write_bytes(home / "study.json", json.dumps(agreed).encode())
+    noise = {"study": study.hash, "noise_multiplier": sigma}
+    checkpoint.write_bytes(home / NOISE, json.dumps(noise).encode())
+    agreement = Agreement(study).with_signature(site.name, sign(study, keys.signing))
+    if not (home / "study.json").exists():  # joining again must not lose the others' signatures
+        keep(home, agreement)
+    return agreement
+
+
+def keep(home: Path, agreement: Agreement) -> None:
+    """Keep an agreement in the home; it survives a crash at any point."""
+    checkpoint.write_bytes(home / "study.json", agreement.to_json())
+
+
+def allow_rotation(home: Path) -> int:
+    """A person allows the epoch's key to be replaced, after rejected sums were looked into. Returns its number."""
+    epoch = HospitalKeys.load(home / "keys").epoch
+    number = epoch.number if epoch else 0
+    checkpoint.write_bytes(home / ROTATION_ALLOWED, json.dumps({"epoch": number}).encode())
+    return number
+
+
+def leave(home: Path) -> None:
+    """The hospital leaves the study for good: its next answer says so, and it is given no further key.
+
+    Raises:
+        StudyError: CONFIG_NOT_FOUND, it is in no study.
+    """
+    Agreement.load(home / "study.json")
+    checkpoint.write_bytes(home / LEFT, b"")
 
 
 def _put_away(home: Path, study: Study) -> None:
-    """Move the state of an earlier study to ``past/<hash>``: ledger, keys and cache serve every study."""
+    """Move the state of an earlier study to ``past/<hash>``: ledger, identity and cache serve every study."""
     known = home / "study.json"
     earlier = json.loads(known.read_text(encoding="utf-8"))["hash"] if known.exists() else study.hash
     if earlier != study.hash:
         past = home / "past" / earlier[:16]
-        past.mkdir(parents=True)
+        past.mkdir(parents=True, exist_ok=True)
+        for name in ("epoch.key", "next-epoch.key"):  # a key is good for one study
+            (home / "keys" / name).unlink(missing_ok=True)
         for name in (*STATE, "study.json"):  # the agreement last: a crash before it repeats this
             if (home / name).exists():
                 (home / name).rename(past / name)

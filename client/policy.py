@@ -28,6 +28,12 @@ class Policy(BaseModel):
     """Ceiling for the same patients over ALL studies in this hospital's ledger."""
     min_cohort: Annotated[int, Field(ge=MIN_SITES)] = MIN_SITES
     """Smallest number of hospitals whose sum this hospital joins."""
+    recipes: Annotated[tuple[str, ...], Field(min_length=1)] = ("cdcgan",)
+    """Networks that this hospital trains."""
+    max_parameters: Annotated[int, Field(ge=1)] = 50_000_000
+    """Largest model that this hospital trains: more weights can hold more of a patient."""
+    require_encryption: Literal[True] = True
+    """There is no plaintext mode; a policy may say so, and cannot say otherwise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @classmethod
@@ -38,7 +44,8 @@ class Policy(BaseModel):
             StudyError: CONFIG_NOT_FOUND or CONFIG_TYPE.
         """
         try:
-            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls.model_validate(values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
         except OSError:
             raise StudyError("CONFIG_NOT_FOUND", "the hospital has no policy", path.name) from None
         except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -46,7 +53,24 @@ class Policy(BaseModel):
             raise StudyError("CONFIG_TYPE", what, path.name, hint="mend policy.toml in the hospital's home") from None
 
     def grant(self, study: Study) -> None:
-        """Raises PrivacyError BUDGET_EXHAUSTED where the study asks for more than the hospital ever gives."""
+        """The study asks, the hospital grants.
+
+        Raises:
+            PrivacyError: BUDGET_EXHAUSTED, more epsilon than the hospital ever gives.
+            StudyError: STUDY_POLICY, a recipe or a number of hospitals that it does not allow; STUDY_ROSTER.
+        """
+        study.site(self.site)
         if study.privacy.epsilon > self.max_epsilon:
             what = f"the study asks for epsilon {study.privacy.epsilon:g}, this hospital allows {self.max_epsilon:g}"
             raise PrivacyError("BUDGET_EXHAUSTED", what, "policy.toml: max_epsilon")
+        if study.gan.recipe not in self.recipes:
+            raise StudyError("STUDY_POLICY", f"the recipe {study.gan.recipe} is not allowed", "policy.toml: recipes")
+        if len(study.sites) < self.min_cohort:
+            what = f"{len(study.sites)} hospitals, this one wants {self.min_cohort}"
+            raise StudyError("STUDY_POLICY", what, "policy.toml: min_cohort")
+
+    def grant_model(self, parameters: int) -> None:
+        """Raises StudyError STUDY_POLICY where the networks are larger than the hospital allows."""
+        if parameters > self.max_parameters:
+            what = f"the networks have {parameters:,} parameters, this hospital allows {self.max_parameters:,}"
+            raise StudyError("STUDY_POLICY", what, "policy.toml: max_parameters")

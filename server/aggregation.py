@@ -7,38 +7,46 @@ key (shared/messages.py), then the frame (shared/secure_sum/cipher.py). Only the
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from fedmedgan.shared.errors import MessageError
-from fedmedgan.shared.messages import Certificate, Envelope, RoundOpen, Signed, Update
+from fedmedgan.shared.messages import ROUND_FIELDS, Certificate, Envelope, RoundOpen, Signed, Update
 from fedmedgan.shared.secure_sum import cipher
 from fedmedgan.shared.study import Study
+
+
+class Adder(Protocol):
+    """`cipher.AddOnly`, or the same in a process of its own (`worker.WorkerSum`)."""
+
+    n_blobs: int
+
+    def add(self, blobs: Sequence[bytes]) -> None: ...
+
+    def result(self) -> list[bytes]: ...
 
 
 class RoundSum:
     """The sum of one attempt of one round.
 
     Args:
-        n_blobs: ciphertexts of one update of this study; another number is refused.
+        adder: does the adding; how many ciphertexts an update has is its `n_blobs`.
         model_hash: of the model that every update must start from.
     """
 
-    def __init__(self, study: Study, opened: RoundOpen, n_blobs: int, model_hash: str) -> None:
-        self.study, self.opened, self.n_blobs = study, opened, n_blobs
-        self.total = cipher.AddOnly(n_blobs)
+    def __init__(self, study: Study, opened: RoundOpen, adder: Adder, model_hash: str) -> None:
+        self.study, self.opened, self.adder = study, opened, adder
         self.signed: dict[str, Signed] = {}
-        self.losses: list[float] = []
         self.model_hash = model_hash
 
-    def add(self, envelope: Envelope) -> Update:
-        """Verify one update and add it.
+    def verify(self, envelope: Envelope) -> Update:
+        """Everything that can be checked without parsing a ciphertext.
 
         Raises:
             MessageError: MSG_*, not signed by a member of the cohort, not of this round, or counted before.
-            CryptoError: HE_*, the ciphertext is cut, altered, or bound to something else.
         """
         update = envelope.open(Update, self.study)
-        for field in ("round", "attempt", "cohort", "key_id"):
+        for field in ROUND_FIELDS:
             if getattr(update, field) != getattr(self.opened, field):
                 raise MessageError("MSG_ROUND", f"the update is of another {field.replace('_', ' ')}", "Update")
         if update.hospital not in self.opened.cohort:
@@ -49,15 +57,23 @@ class RoundSum:
             raise MessageError("MSG_SENDER", "the weight is not the study's", "Update")
         if update.model_hash != self.model_hash:
             raise MessageError("MODEL_DIVERGED", f"{update.hospital} trained another model", "Update")
-        blobs = cipher.unframe(envelope.payload, kind="update", n_blobs=self.n_blobs, **self._binding())
-        self.total.add(blobs)
-        self.signed[update.hospital] = Signed(header=envelope.header.decode(), signature=envelope.signature)
-        self.losses.append(update.generator_loss)
+        return update
+
+    def add(self, envelope: Envelope) -> Update:
+        """Verify one update and add it.
+
+        Raises:
+            MessageError: as `verify`.
+            CryptoError: HE_*, the ciphertext is cut, altered, or bound to something else.
+        """
+        update = self.verify(envelope)
+        self.adder.add(cipher.unframe(envelope.payload, kind="update", n_blobs=self.adder.n_blobs, **self._binding()))
+        self.signed[update.hospital] = envelope.shown()
         return update
 
     def certify(self) -> tuple[Certificate, bytes]:
         """The certificate and the encrypted sum, once everybody of the cohort is in."""
-        payload = cipher.frame(self.total.result(), kind="sum", **self._binding())
+        payload = cipher.frame(self.adder.result(), kind="sum", **self._binding())
         certificate = Certificate(
             **self.opened.model_dump(),
             updates=tuple(self.signed[name] for name in sorted(self.signed)),

@@ -1,13 +1,12 @@
-"""The coordinator's Flower app. It imports no torch and holds no key.
+"""The coordinator's Flower app. It imports no torch, and holds no key but the one that it signs with.
 
 For a Flower app whose pyproject names ``fedmedgan.server.app:app`` and ``fedmedgan.client.app:app``: its configuration
-``coordinator-folder`` names the coordinator's own folder, which holds ``study.json``. (The repository itself is the
+``coordinator-folder`` names the coordinator's own folder. (The repository itself is the
 simulated app, fedmedgan.simulations.flower_app.)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmedgan.server.cycle import Coordinator
+from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import CryptoError, RunError
-from fedmedgan.shared.study import Study, from_agreed
+from fedmedgan.shared.secure_sum.keys import load_signing_key
+
+KEY_FILE = "coordinator.key"
 
 
 def make_app(folder_of: Callable[[Context], Path]) -> ServerApp:
@@ -25,25 +27,22 @@ def make_app(folder_of: Callable[[Context], Path]) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        folder = folder_of(context)
-        refuse_secrets(folder)
-        Coordinator(grid, load_study(folder), folder).run()
+        run(grid, folder_of(context))
 
     return app
 
 
-def load_study(folder: Path) -> Study:
-    """The study that this coordinator was given.
+def run(grid: Grid, folder: Path) -> None:
+    """Run, or go on with, the study of a coordinator's folder: `study.json` signed by all, and `coordinator.key`.
 
     Raises:
-        RunError: RUN_PATH.
-        StudyError: the study is not valid, or not the one that its hash names.
+        StudyError: STUDY_*, the study is not valid or not signed by all.
+        CryptoError: HE_SECRET_AT_SERVER, KEY_*.
+        RunError, ModelError: see `Coordinator.run`.
     """
-    try:
-        agreed = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RunError("RUN_PATH", "the coordinator's folder holds no study.json", str(folder)) from None
-    return from_agreed(agreed, "study.json")
+    refuse_secrets(folder)
+    agreement = Agreement.load(folder / "study.json")
+    Coordinator(grid, agreement, load_signing_key(folder / KEY_FILE), folder).run()
 
 
 def refuse_secrets(folder: Path) -> None:

@@ -1,8 +1,11 @@
-"""The four-phase cycle as the coordinator sees it. It holds the study, opaque sums and no key of any kind.
+"""The four-phase cycle as the coordinator sees it. It holds the study, opaque sums and no key that opens one.
 
 case                                   what happens
 a hospital fails, refuses or is late   left out; the others seal the same update for the smaller cohort
-it comes back                          it is sent the sums that it missed, then takes part again
+it comes back                          it is sent the keys and sums that it missed, then takes part again
+this process dies                      started again, it goes on from its journal, in the middle of a round too
+an upload crashes SEAL                 only the worker process dies; that hospital is left out of the attempt
+a ledger is shorter than it was        that hospital's update is refused
 fewer than three hospitals are left    the run stops, RUN_QUORUM
 ... because the budgets are spent      the cycle ends here, as agreed
 two hospitals report different models  the run stops, MODEL_DIVERGED
@@ -12,97 +15,125 @@ the generator's loss has settled       the run ends before its last round
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from statistics import fmean
 
-from flwr.app import Message
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.serverapp import Grid
 
 from fedmedgan.server.aggregation import RoundSum
-from fedmedgan.shared.errors import FedMedGanError, MessageError, ModelError, RunError
+from fedmedgan.server.journal import Journal
+from fedmedgan.server.key_epochs import KeyCeremony, Member
+from fedmedgan.server.wire import AWAY_SECONDS, POLL_SECONDS, NoAnswer, Wire, reason, sent
+from fedmedgan.server.worker import WorkerSum
+from fedmedgan.shared import crash
+from fedmedgan.shared.agreement import Agreement
+from fedmedgan.shared.errors import CryptoError, FedMedGanError, MessageError, ModelError, PrivacyError, RunError
 from fedmedgan.shared.eventlog import EventLog
-from fedmedgan.shared.messages import Applied, Certificate, Envelope, Present, Refusal, Roll, RoundOpen, parse
+from fedmedgan.shared.messages import (
+    Applied,
+    Approval,
+    Certificate,
+    Envelope,
+    Header,
+    Leave,
+    Present,
+    Roll,
+    RoundOpen,
+    Update,
+    open_certificate,
+    open_shown,
+)
 from fedmedgan.shared.secure_sum.proof import update_blobs
-from fedmedgan.shared.study import MIN_SITES, Study
-
-K = TypeVar("K")
+from fedmedgan.shared.study import MIN_SITES
 
 BROADCAST_WINDOW = 4
 """Sums under way at once: memory does not grow with the number of hospitals."""
-POLL_SECONDS = 0.05
 ROLL_SECONDS = 120.0
 """A node that is online and does not say who it is holds nobody up for longer."""
-MAX_REPLY_BYTES = 4 << 30
 
 
 class Coordinator:
     """Runs one study over a Flower grid.
 
     Args:
-        folder: the coordinator's own folder; ``sums/`` in it keeps the encrypted sum of each round for latecomers.
+        agreement: the study with every hospital's signature.
+        private: the coordinator's signing key; its public half is in the study.
+        folder: the coordinator's own folder, which holds the journal.
+
+    Raises:
+        StudyError: STUDY_SIGNATURE, STUDY_KEYS. RunError: RUN_JOURNAL.
     """
 
-    def __init__(self, grid: Grid, study: Study, folder: Path) -> None:
-        self.grid, self.study, self.folder = grid, study, folder
+    def __init__(self, grid: Grid, agreement: Agreement, private: Ed25519PrivateKey, folder: Path) -> None:
+        agreement.require_all()
+        self.agreement, self.study, self.private = agreement, agreement.study, private
+        self.wire = Wire(grid, self.study)
         self.log = EventLog(folder / "events.jsonl")
-        self.nodes: dict[str, int] = {}
-        self.applied: dict[str, int] = {}
-        self.model_hashes: dict[int, str] = {}
-        """round -> hash of the model that every hospital holds after it"""
-        self.key_id, self.parameters = "", 0
+        self.journal = Journal(folder, self.study.hash)
+        self.ceremony = KeyCeremony(self.study, self.journal, self.log, self._ask_for_keys)
+        self.members: dict[str, Member] = {}
+        """Hospitals that are there."""
+        self.parameters = 0
+        self._seconds: dict[str, float] = {}
 
     def run(self) -> None:
-        """All rounds.
+        """All rounds, from wherever the journal says that the study is.
 
         Raises:
-            RunError: RUN_QUORUM.
-            ModelError: MODEL_DIVERGED.
+            RunError: RUN_QUORUM. ModelError: MODEL_DIVERGED.
         """
-        self._call_roll(wait=True)
-        self.log.write(
-            "run_opened",
-            study_hash=self.study.hash,
-            sites=sorted(self.nodes),
-            parameters=self.parameters,
-            float32_bytes=4 * self.parameters,
-        )
-        losses: list[float] = []
-        first = 1 + max(self.applied.values(), default=0)
-        reason, number = "failed", first - 1
-        try:
-            for number in range(first, self.study.training.rounds + 1):
-                losses.append(self.round(number))
-                if self._converged(losses):
-                    reason = "converged"
-                    break
-            else:
-                reason = "rounds"
-        except _BudgetSpent:
-            reason, number = "budget", number - 1
-        except RunError:
-            reason, number = "quorum", number - 1
-            raise
-        finally:
-            self.log.write("run_closed", rounds=number, reason=reason, model_hash=self.model_hashes.get(number, ""))
+        with self.journal:
+            self._call_roll(wait=True)
+            self.log.write(
+                "run_opened",
+                study_hash=self.study.hash,
+                sites=sorted(self.members),
+                parameters=self.parameters,
+                float32_bytes=4 * self.parameters,
+            )
+            first = 1 + max([self.journal.last_round() - 1, *(m.applied for m in self.members.values())])
+            losses = [self._loss(number) for number in range(1, first)]
+            why, number = "failed", first - 1
+            try:
+                for number in range(first, self.study.training.rounds + 1):
+                    losses.append(self.round(number))
+                    if self._converged(losses):
+                        why = "converged"
+                        break
+                else:
+                    why = "rounds"
+            except _BudgetSpent:
+                why, number = "budget", number - 1
+            except RunError:
+                why, number = "quorum", number - 1
+                raise
+            finally:
+                self.log.write("run_closed", rounds=number, reason=why, model_hash=self.journal.model_hash(number))
 
     def round(self, number: int) -> float:
         """One round of the cycle; returns the cohort's mean generator loss."""
         self._call_roll()
         self._catch_up(number)
-        cohort = tuple(sorted(name for name in self.nodes if self.applied[name] == number - 1))
-        certificate, payload, loss = self._collect(number, cohort)
+        if self.journal.certificate(number) is None:
+            under_way = self.journal.attempt_under_way()
+            if under_way is None and self.ceremony.due(number):
+                self.ceremony.renew(self.members, number)
+            self._bring_up(self._current_epoch())
+            self._collect(number, under_way or self._first_attempt(number))
         began = time.perf_counter()
-        refused = self._broadcast(certificate, payload, list(self.nodes))
-        holders = sorted(name for name in self.nodes if self.applied[name] == number)
+        refused = self._broadcast(number, list(self.members))
+        holders = sorted(name for name, member in self.members.items() if member.applied == number)
         if len(holders) < MIN_SITES:
-            reasons = ", ".join(sorted(set(refused)))
-            raise RunError("RUN_QUORUM", f"{len(holders)} hospitals applied round {number} ({reasons})", "round")
+            why = ", ".join(sorted(set(refused)))
+            raise RunError("RUN_QUORUM", f"{len(holders)} hospitals applied round {number} ({why})", "round")
+        loss = self._loss(number)
         self.log.write(
             "round_applied",
             round=number,
             sites=holders,
-            model_hash=self.model_hashes.get(number, ""),
+            model_hash=self.journal.model_hash(number),
             generator_loss=loss,
             seconds={"broadcast": time.perf_counter() - began},
         )
@@ -110,172 +141,261 @@ class Coordinator:
 
     # ---- phases 1 and 2
 
-    def _collect(self, number: int, cohort: tuple[str, ...]) -> tuple[Certificate, bytes, float]:
-        """Open the round, add what arrives; where somebody is missing, a further attempt with the rest.
+    def _first_attempt(self, number: int) -> RoundOpen:
+        epoch = self._current_epoch()
+        cohort = sorted(n for n, m in self.members.items() if m.applied == number - 1 and m.epoch == epoch)
+        return self._attempt(number, 1, tuple(cohort))
 
-        Returns the certificate, the encrypted sum and the cohort's mean generator loss.
-        """
-        missing: dict[str, str] = {s.name: "not there" for s in self.study.sites if s.name not in cohort}
-        for attempt in range(1, len(self.study.sites) + 1):
-            if len(cohort) < MIN_SITES:
+    def _attempt(self, number: int, attempt: int, cohort: tuple[str, ...]) -> RoundOpen:
+        row = self.journal.current_epoch()
+        if row is None:
+            raise RunError("RUN_JOURNAL", "no key epoch is in use", "journal.db")
+        return RoundOpen(
+            study=self.study.hash, round=number, attempt=attempt, cohort=cohort, epoch=row.number, key_id=row.key_id
+        )
+
+    def _collect(self, number: int, opened: RoundOpen) -> None:
+        """Open the round, add what arrives; where somebody is missing, a further attempt with the rest."""
+        missing: dict[str, str] = {s.name: "not there" for s in self.study.sites if s.name not in opened.cohort}
+        while True:
+            if len(opened.cohort) < MIN_SITES:
                 if set(missing.values()) == {"BUDGET_EXHAUSTED"}:
                     raise _BudgetSpent
-                why = "; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items()))
-                what = f"{len(cohort)} of {len(self.study.sites)} hospitals are left in round {number} ({why})"
+                why = "; ".join(f"{name}: {code}" for name, code in sorted(missing.items()))
+                what = f"{len(opened.cohort)} of {len(self.study.sites)} hospitals are left in round {number} ({why})"
                 raise RunError("RUN_QUORUM", what, "round")
-            opened = RoundOpen(study=self.study.hash, round=number, attempt=attempt, cohort=cohort, key_id=self.key_id)
-            self.log.write("round_opened", round=number, attempt=attempt, cohort=cohort)
-            blobs = update_blobs(self.study, self.parameters)
-            total = RoundSum(self.study, opened, blobs, self.model_hashes[number - 1])
-            began, adding = time.perf_counter(), 0.0
-            message = Envelope.seal(opened)
-            for name, answer in self._ask({n: (self.nodes[n], message) for n in cohort}, "train"):
-                start = time.perf_counter()
-                try:
-                    update = total.add(self._accepted(name, answer))
-                except (FedMedGanError, _NoAnswer) as problem:
-                    self._missing(number, attempt, name, problem)
-                    missing[name] = _reason(problem)
-                    continue
-                adding += time.perf_counter() - start
-                self.log.write(
-                    "update_accepted",
-                    round=number,
-                    attempt=attempt,
-                    site=name,
-                    bytes_up=update.payload_bytes,
-                    generator_loss=update.generator_loss,
-                )
-            survivors = tuple(sorted(total.signed))
-            if survivors == cohort:
-                certified = time.perf_counter()
-                certificate, payload = total.certify()
-                self._store(certificate, payload)
-                adding += time.perf_counter() - certified
-                self.log.write(
-                    "round_aggregated",
-                    round=number,
-                    attempt=attempt,
-                    cohort=cohort,
-                    bytes_down=len(payload),
-                    seconds={"local": certified - began, "aggregation": adding},
-                )
-                return certificate, payload, sum(total.losses) / len(total.losses)
-            cohort = survivors
-        raise RunError("RUN_QUORUM", f"no attempt of round {number} was complete", "round")
+            self.journal.open_attempt(opened)
+            crash.point("server.attempt-opened")
+            self.log.write("round_opened", round=number, attempt=opened.attempt, cohort=opened.cohort)
+            with WorkerSum(update_blobs(self.study, self.parameters)) as worker:
+                total = RoundSum(self.study, opened, worker, self.journal.model_hash(number - 1))
+                self._gather(total, worker, missing)
+                survivors = tuple(sorted(total.signed))
+                if survivors == tuple(sorted(opened.cohort)):
+                    self._certify(total)
+                    return
+            opened = self._attempt(number, opened.attempt + 1, survivors)
 
-    def _missing(self, number: int, attempt: int, name: str, problem: Exception) -> None:
-        self.log.write("site_missing", round=number, attempt=attempt, site=name, reason=_reason(problem))
+    def _gather(self, total: RoundSum, worker: WorkerSum, missing: dict[str, str]) -> None:
+        """Everybody's update of one attempt: from the journal, and from those who still have to send it."""
+        opened = total.opened
+        for envelope in self.journal.accepted(opened):
+            name = total.verify(envelope).hospital
+            try:
+                self._add(total, worker, name, envelope)
+            except CryptoError as problem:
+                self._missing(opened, name, problem, missing)
+        began, adding = time.perf_counter(), 0.0
+        message = Envelope.seal(opened, self.private)
+        lacking = [name for name in opened.cohort if name not in total.signed and name not in missing]
+        requests = {name: (self.members[name].node, message) for name in lacking if name in self.members}
+        for name in lacking:
+            if name not in requests:
+                self._missing(opened, name, NoAnswer("not there"), missing)
+        spare = len(opened.cohort) > MIN_SITES  # without a spare hospital, waiting is better than stopping
+        away = min(AWAY_SECONDS, self.study.round_timeout) if spare else self.study.round_timeout
+        for name, answer in self.wire.ask(requests, "train", seconds=self.study.round_timeout, away_seconds=away):
+            start = time.perf_counter()
+            try:
+                update = self._accept(total, worker, name, sent(answer))
+            except (FedMedGanError, NoAnswer) as problem:
+                self._missing(opened, name, problem, missing)
+                continue
+            adding += time.perf_counter() - start
+            self.log.write(
+                "update_accepted",
+                round=opened.round,
+                attempt=opened.attempt,
+                site=name,
+                bytes_up=update.payload_bytes,
+                generator_loss=update.generator_loss,
+            )
+        self._seconds = {"local": time.perf_counter() - began, "aggregation": adding}
+
+    def _accept(self, total: RoundSum, worker: WorkerSum, name: str, envelope: Envelope) -> Update:
+        """Verify, journal, add."""
+        update = total.verify(envelope)
+        if update.hospital != name:
+            raise MessageError("MSG_SENDER", "the answer is of another hospital", "Update")
+        self._check_anchor(update)
+        self.journal.accept(total.opened, envelope, update)
+        self._add(total, worker, name, envelope)
+        return update
+
+    def _add(self, total: RoundSum, worker: WorkerSum, name: str, envelope: Envelope) -> None:
+        """An upload that crashes the worker twice is refused; the others are added again."""
+        try:
+            total.add(envelope)
+            return
+        except CryptoError as error:
+            if error.code != "HE_WORKER":
+                raise
+        self.log.write("worker_restarted", round=total.opened.round, site=name)
+        self._add_again(total, worker)
+        try:
+            total.add(envelope)
+        except CryptoError:
+            self._add_again(total, worker)
+            raise
+
+    def _add_again(self, total: RoundSum, worker: WorkerSum) -> None:
+        """A new worker with everything that was counted before."""
+        worker.restart()
+        counted = set(total.signed)
+        total.signed.clear()
+        for envelope in self.journal.accepted(total.opened):
+            if total.verify(envelope).hospital in counted:
+                total.add(envelope)
+
+    def _check_anchor(self, update: Update) -> None:
+        """A ledger only grows.
+
+        Raises:
+            PrivacyError: LEDGER_ROLLBACK, LEDGER_FORK.
+        """
+        for signed in self.journal.anchors():
+            known = open_shown(Update, signed, self.study)
+            if known.hospital == update.hospital:
+                if update.ledger_seq < known.ledger_seq:
+                    raise PrivacyError("LEDGER_ROLLBACK", "the ledger is shorter than it was", update.hospital)
+                if update.ledger_seq == known.ledger_seq and update.ledger_head != known.ledger_head:
+                    raise PrivacyError("LEDGER_FORK", "the ledger is another one than it was", update.hospital)
+
+    def _certify(self, total: RoundSum) -> None:
+        began = time.perf_counter()
+        certificate, payload = total.certify()
+        self.journal.certify(certificate, payload)
+        self._seconds["aggregation"] += time.perf_counter() - began
+        self.log.write(
+            "round_aggregated",
+            round=certificate.round,
+            attempt=certificate.attempt,
+            cohort=certificate.cohort,
+            bytes_down=len(payload),
+            seconds=self._seconds,
+        )
+
+    def _missing(self, at: RoundOpen, name: str, problem: Exception, missing: dict[str, str]) -> None:
+        missing[name] = reason(problem)
+        self.log.write("site_missing", round=at.round, attempt=at.attempt, site=name, reason=reason(problem))
 
     # ---- phase 3
 
-    def _broadcast(self, certificate: Certificate, payload: bytes, names: list[str]) -> list[str]:
+    def _broadcast(self, number: int, names: list[str]) -> list[str]:
         """Send a sum to hospitals and hear which model they hold then. Returns the reasons of those who do not."""
-        refused = []
-        message = Envelope.seal(certificate, payload=payload)
+        certificate, payload = self._stored(number)
+        refused = dict[str, str]()
+        message = Envelope.seal(certificate, self.private, payload)
         for start in range(0, len(names), BROADCAST_WINDOW):
-            window = {n: (self.nodes[n], message) for n in names[start : start + BROADCAST_WINDOW]}
-            for name, answer in self._ask(window, "train.apply"):
+            window = {n: (self.members[n].node, message) for n in names[start : start + BROADCAST_WINDOW]}
+            for name, answer in self.wire.ask(window, "train.apply", seconds=self.study.round_timeout):
                 try:
-                    self._hold(name, self._accepted(name, answer).open(Applied, self.study), certificate.round)
-                except (MessageError, _NoAnswer) as problem:
-                    self._missing(certificate.round, certificate.attempt, name, problem)
-                    refused.append(_reason(problem))
-        return refused
+                    self._hold(name, sent(answer).open(Applied, self.study), number)
+                except (MessageError, NoAnswer) as problem:
+                    self._missing(certificate, name, problem, refused)
+                    continue
+                crash.point("server.broadcast-half")
+        return list(refused.values())
 
     def _hold(self, name: str, applied: Applied, number: int) -> None:
         """Note which model a hospital holds; all must hold the same."""
         if applied.hospital != name or applied.round != number:
             raise MessageError("MSG_ROUND", "the answer is of another hospital or round", "Applied")
         self._same_model(name, number, applied.model_hash)
-        self.applied[name] = number
+        self.members[name].applied = number
 
     def _same_model(self, name: str, number: int, model_hash: str) -> None:
-        if self.model_hashes.setdefault(number, model_hash) != model_hash:
+        known = self.journal.model_hash(number)
+        if known and known != model_hash:
             raise ModelError("MODEL_DIVERGED", f"{name} holds another model after round {number}", "model hash")
+        self.journal.note_applied(number, name, model_hash)
 
     def _catch_up(self, number: int) -> None:
-        """Send hospitals the sums of the rounds that they missed."""
-        for missed in range(1 + min(self.applied.values(), default=0), number):
-            late = [name for name in self.nodes if self.applied[name] == missed - 1]
+        """Send hospitals the sums of the rounds that they missed, and the keys that those were made with."""
+        for missed in range(1, number):
+            late = [name for name, member in self.members.items() if member.applied == missed - 1]
             if late:
-                self._broadcast(*self._stored(missed), late)
-
-    def _store(self, certificate: Certificate, payload: bytes) -> None:
-        folder = self.folder / "sums"
-        folder.mkdir(exist_ok=True)
-        (folder / f"round-{certificate.round:04d}.json").write_bytes(certificate.canonical())
-        (folder / f"round-{certificate.round:04d}.bin").write_bytes(payload)
+                self._bring_up(self._stored(missed)[0].epoch, late)
+                self._broadcast(missed, late)
 
     def _stored(self, number: int) -> tuple[Certificate, bytes]:
-        stem = self.folder / "sums" / f"round-{number:04d}"
-        return parse(stem.with_suffix(".json").read_bytes(), Certificate), stem.with_suffix(".bin").read_bytes()
+        stored = self.journal.certificate(number)
+        if stored is None:
+            raise RunError("RUN_JOURNAL", f"the journal does not hold the sum of round {number}", "journal.db")
+        return stored
+
+    # ---- keys
+
+    def _current_epoch(self) -> int:
+        row = self.journal.current_epoch()
+        return row.number if row else 0
+
+    def _bring_up(self, number: int, names: list[str] | None = None) -> None:
+        """Let hospitals use a key epoch that they do not have yet."""
+        row = next((row for row in self.journal.epochs() if row.number == number), None)
+        behind = [n for n in names or self.members if self.members[n].epoch < number]
+        if row is None or not behind:
+            return
+        for name, answer in self.ceremony.bring_up(behind, row):
+            if isinstance(answer, Present):
+                self.members[name].epoch = answer.epoch
+            else:
+                self.log.write("node_refused", site=name, reason=str(answer))
+
+    def _ask_for_keys(self, requests: Mapping[str, tuple[Header, bytes]]) -> Iterator[tuple[str, Envelope | NoAnswer]]:
+        sealed = {
+            name: (self.members[name].node, Envelope.seal(header, self.private, payload))
+            for name, (header, payload) in requests.items()
+        }
+        yield from self.wire.ask(sealed, "train.key", seconds=self.study.round_timeout)
 
     # ---- who is there
 
     def _call_roll(self, *, wait: bool = False) -> None:
-        """Ask each unknown node once which hospital it is; `wait` until every site has answered."""
-        deadline = time.monotonic() + self.study.round_timeout
-        roll = Envelope.seal(Roll(study=self.study.hash))
+        """Ask each unknown node once which hospital it is; `wait` until every hospital has answered."""
+        patience = self.study.round_timeout if not self._current_epoch() else AWAY_SECONDS
+        deadline = time.monotonic() + min(patience, self.study.round_timeout)
+        approvals = tuple(Approval(hospital=n, signature=s) for n, s in sorted(self.agreement.signatures.items()))
+        roll = Roll(study=self.study.hash, approvals=approvals, anchors=self.journal.anchors())
+        message = Envelope.seal(roll, self.private)
         asked: set[int] = set()
         while True:
-            online = set(self.grid.get_node_ids())
-            self.nodes = {name: node for name, node in self.nodes.items() if node in online}
-            unknown = online - set(self.nodes.values()) - asked
+            online = self.wire.online()
+            self.members = {name: member for name, member in self.members.items() if member.node in online}
+            unknown = online - {member.node for member in self.members.values()} - asked
             asked |= unknown
-            for node, answer in self._ask({node: (node, roll) for node in unknown}, "query", ROLL_SECONDS):
+            for node, answer in self.wire.ask({n: (n, message) for n in unknown}, "query", seconds=ROLL_SECONDS):
                 try:
-                    self._enrol(node, self._accepted("", answer).open(Present, self.study))
-                except (MessageError, _NoAnswer) as problem:
-                    self.log.write("node_refused", reason=_reason(problem))
-            if not wait or len(self.nodes) == len(self.study.sites) or time.monotonic() > deadline:
+                    self._enrol(node, sent(answer))
+                except (MessageError, NoAnswer) as problem:
+                    self.log.write("node_refused", reason=reason(problem))
+            expected = len(self.ceremony.members())
+            if not wait or len(self.members) == expected or time.monotonic() > deadline:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _enrol(self, node: int, present: Present) -> None:
+    def _enrol(self, node: int, answer: Envelope) -> None:
         """A hospital has shown, by its signature, that it is behind this node."""
-        if present.hospital in self.nodes:
+        if answer.kind == Leave.__name__:
+            leave = answer.open(Leave, self.study)
+            self.journal.note_leave(leave.hospital, answer.shown())
+            self.log.write("site_left", site=leave.hospital)
+            return
+        present = answer.open(Present, self.study)
+        if present.hospital in self.members:
             raise MessageError("MSG_SENDER", f"{present.hospital} is behind two nodes", "Present")
-        holds = (present.key_id, present.parameters)
-        if holds != ((self.key_id, self.parameters) if self.key_id else holds):
-            raise MessageError("MSG_KEY", f"{present.hospital} holds another key or network", "Present")
+        if self.parameters and present.parameters != self.parameters:
+            raise MessageError("MSG_KEY", f"{present.hospital} holds another network", "Present")
         self._same_model(present.hospital, present.applied_round, present.model_hash)
-        self.key_id, self.parameters = present.key_id, present.parameters
-        self.nodes[present.hospital] = node
-        self.applied[present.hospital] = present.applied_round
+        self.parameters = present.parameters
+        self.members[present.hospital] = Member(node, present.applied_round, present.epoch)
 
-    # ---- the wire
+    # ---- what the phases share
 
-    def _ask(
-        self, requests: dict[K, tuple[int, Envelope]], message_type: str, seconds: float | None = None
-    ) -> Iterator[tuple[K, Envelope | _NoAnswer]]:
-        """Push one message a node, and yield each answer as soon as it is there, so that it can be forgotten.
-
-        Args:
-            seconds: how long to wait for all of them; by default the study's `round_timeout`.
-        """
-        pending: dict[str, K] = {}
-        for key, (node, envelope) in requests.items():
-            message = Message(envelope.to_record(), dst_node_id=node, message_type=message_type)
-            for message_id in self.grid.push_messages([message]):
-                pending[message_id] = key
-        deadline = time.monotonic() + (self.study.round_timeout if seconds is None else seconds)
-        while pending and time.monotonic() < deadline:
-            for message_id in list(pending):  # one at a time: at most one answer is in memory here
-                for answer in self.grid.pull_messages([message_id]):
-                    yield pending.pop(message_id), _opened(answer)
-            time.sleep(POLL_SECONDS)
-        for key in pending.values():
-            yield key, _NoAnswer("RUN_TIMEOUT")
-
-    def _accepted(self, name: str, answer: Envelope | _NoAnswer) -> Envelope:
-        """An answer that is not a no. A no counts only when it is signed by the hospital that was asked."""
-        if isinstance(answer, _NoAnswer):
-            raise answer
-        if answer.kind == Refusal.__name__:
-            refusal = answer.open(Refusal, self.study)
-            raise _NoAnswer(refusal.code if refusal.hospital == name else "MSG_SENDER")
-        return answer
+    def _loss(self, number: int) -> float:
+        """Mean generator loss of the cohort of a round, from its certificate."""
+        stored = self.journal.certificate(number)
+        return fmean(u.generator_loss for u in open_certificate(stored[0], self.study).values()) if stored else 0.0
 
     def _converged(self, losses: list[float]) -> bool:
         """Has the generator's loss (of generated images alone) stayed within the tolerance?"""
@@ -286,20 +406,3 @@ class Coordinator:
 
 class _BudgetSpent(Exception):
     """Too few hospitals are left because the round would break the others' budgets: the cycle ends as agreed."""
-
-
-class _NoAnswer(Exception):
-    """A hospital did not answer, or said no; the text is the reason's code."""
-
-
-def _opened(answer: Message) -> Envelope | _NoAnswer:
-    if answer.has_error():
-        return _NoAnswer("RUN_NODE")
-    try:
-        return Envelope.from_record(answer.content, MAX_REPLY_BYTES)
-    except MessageError as error:
-        return _NoAnswer(error.code)
-
-
-def _reason(problem: Exception) -> str:
-    return problem.code if isinstance(problem, FedMedGanError) else str(problem)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from fedmedgan.server.storage import Database, disk, lock, problem, sync, write
 from fedmedgan.shared import crash
-from fedmedgan.shared.errors import MessageError, ModelError, RunError
+from fedmedgan.shared.errors import MessageError, ModelError
 from fedmedgan.shared.messages import Certificate, Envelope, H, RoundOpen, Signed, Update, parse
 
 FORMAT = 1

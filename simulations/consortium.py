@@ -1,18 +1,22 @@
 """A consortium on this machine: folders, keys, data and policies of hospitals that share nothing but a disk.
 
-Each simulated hospital is the real one (fedmedgan.client.cycle.Hospital) with a home folder of its own. What a real
-consortium does in a key ceremony is done here by one function, because there is nobody here to hide anything from.
+Each simulated hospital is the real one (fedmedgan.client.cycle.Hospital) with a home folder of its own. What people do
+by hand in a real consortium (identities, signatures under the study) is done here by one function; the key of the sums
+is then made by the hospitals themselves, as in a real one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmedgan.client import joining
 from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital
-from fedmedgan.client.joining import join
 from fedmedgan.client.release import pictures
+from fedmedgan.server.app import KEY_FILE
+from fedmedgan.shared.agreement import Agreement, Identity, assemble
 from fedmedgan.shared.errors import DataError, RunError, StudyError
 from fedmedgan.shared.secure_sum import keys
 from fedmedgan.shared.study import Study
@@ -51,6 +55,7 @@ def prepare(
         StudyError: STUDY_ROSTER, `data` names a site that the study does not have.
         DataError: DATA_PATH and what else reading the folders raises; every folder is read before anything runs.
     """
+    _refuse_keys(study)
     for name, folder in data.items():
         study.index(name)
         if not folder.is_dir():
@@ -59,25 +64,34 @@ def prepare(
         run_folder.mkdir(parents=True, exist_ok=True)
         if any(run_folder.iterdir()):
             raise RunError("RUN_PATH", "the run folder is not empty", str(run_folder))
-        identities = {site.name: keys.generate_identity() for site in study.sites}
-        study = _with_keys(study, identities)
-        epoch = keys.new_epoch()
+        identities = []
         for number, site in enumerate(study.sites):
             home = home_of(run_folder, site.name)
-            identities[site.name].with_epoch(*epoch).save(home / "keys")
             folder = data.get(site.name, home / PHANTOMS)
+            ceiling = study.privacy.epsilon
+            known = joining.init_home(
+                home, site=site.name, data=str(folder.resolve()), max_epsilon=ceiling, device=device
+            )
+            identities.append(known)
             if site.name not in data:
                 vendor = phantoms.vendor_for(number)
                 phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor)
-            _write_policy(home, site.name, folder.resolve(), study, device)
-            join(home, study)
+        agreement = agree(assemble(study, [*identities, _coordinator(run_folder)]), run_folder)
         if insecure_seed is not None:
             (run_folder / INSECURE_MARK).write_text(f"{insecure_seed}\n")
-        agreed = {"hash": study.hash, "study": study.model_dump(mode="json")}
-        (run_folder / "study.json").write_text(json.dumps(agreed, indent=1), encoding="utf-8")
+        (run_folder / "study.json").write_bytes(agreement.to_json())
     except OSError as error:
         raise RunError("RUN_PATH", f"cannot be written ({error.strerror})", str(run_folder)) from None
-    return study
+    return agreement.study
+
+
+def give_key(run_folder: Path, study: Study) -> keys.Epoch:
+    """The first key epoch without a ceremony: for tests and benchmarks that play the coordinator themselves."""
+    epoch = keys.new_epoch(1, tuple(site.name for site in study.sites))
+    for home in homes(run_folder, study):
+        keys.store_next(home / "keys", epoch)
+        keys.activate_next(home / "keys", 1)
+    return epoch
 
 
 def read_data(run_folder: Path, study: Study) -> None:
@@ -95,28 +109,25 @@ def read_data(run_folder: Path, study: Study) -> None:
         (home / "real.png").write_bytes(pictures.png(sheet))
 
 
-def _with_keys(study: Study, identities: Mapping[str, keys.HospitalKeys]) -> Study:
-    if any(site.signing_key or site.exchange_key for site in study.sites):
+def _coordinator(run_folder: Path) -> Identity:
+    private = Ed25519PrivateKey.generate()
+    keys.save_signing_key(run_folder / KEY_FILE, private)
+    public = private.public_key().public_bytes_raw().hex()
+    return Identity(role="coordinator", name="coordinator", signing_key=public).signed(private)
+
+
+def agree(study: Study, run_folder: Path) -> Agreement:
+    """Every hospital enters the study and signs it; then all of them hold all signatures."""
+    agreement = Agreement(study)
+    for site in study.sites:
+        own = joining.join(home_of(run_folder, site.name), study)
+        agreement = agreement.with_signature(site.name, own.signatures[site.name])
+    for home in homes(run_folder, study):
+        joining.keep(home, agreement)
+    return agreement
+
+
+def _refuse_keys(study: Study) -> None:
+    if study.coordinator_key or any(site.signing_key or site.exchange_key for site in study.sites):
         hint = "leave the keys out of the study"
         raise StudyError("STUDY_KEYS", "a simulation makes its own keys", "sites", hint=hint)
-    sites = tuple(
-        site.model_copy(
-            update={
-                "signing_key": identities[site.name].signing_public,
-                "exchange_key": identities[site.name].exchange_public,
-            }
-        )
-        for site in study.sites
-    )
-    return study.model_copy(update={"sites": sites})
-
-
-def _write_policy(home: Path, site: str, data: Path, study: Study, device: str) -> None:
-    text = (
-        f"# The rules of {site}. They outrank any study.\n"
-        f"site = {json.dumps(site)}\n"
-        f"data = {json.dumps(str(data))}\n"
-        f"max_epsilon = {study.privacy.epsilon}\n"
-        f"device = {json.dumps(device)}\n"
-    )
-    (home / "policy.toml").write_text(text, encoding="utf-8")

@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedmedgan.client import app as client
-from fedmedgan.server.app import load_study
-from fedmedgan.server.cycle import Coordinator
+from fedmedgan.server import app as server
+from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import RunError
 from fedmedgan.shared.eventlog import EventLog
 from fedmedgan.shared.messages import Envelope, RoundOpen, parse
@@ -80,7 +80,7 @@ def run(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        Coordinator(grid, study, run_folder).run()
+        server.run(grid, run_folder)
 
     init: dict = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ray_address is None:
@@ -124,7 +124,7 @@ def _flwr_run_folder(context: Context) -> Path:
 
 def _flwr_home(context: Context) -> Path:
     run_folder = _flwr_run_folder(context)
-    study = load_study(run_folder)
+    study = Agreement.load(run_folder / "study.json").study
     return consortium.home_of(run_folder, study.sites[int(context.node_config["partition-id"])].name)
 
 
@@ -142,5 +142,5 @@ def _main(grid: Grid, context: Context) -> None:
     run_folder = _flwr_run_folder(context)
     study = consortium.prepare(study, run_folder, {})
     consortium.read_data(run_folder, study)
-    Coordinator(grid, study, run_folder).run()
+    server.run(grid, run_folder)
     print(f"report: {report.write(run_folder)}")

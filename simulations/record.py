@@ -122,11 +122,51 @@ class RoundApplied:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class NodeRefused:
-    """Somebody called who could not show to be a hospital of the roster."""
+    """Somebody called who could not show to be a hospital of the roster, or could not be given the key."""
 
     event: Literal["node_refused"]
     time: float
     reason: str
+    site: SiteName = "unknown"
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class EpochOpened:
+    """The hospitals have a new key."""
+
+    event: Literal["epoch_opened"]
+    time: float
+    epoch: RoundNumber
+    leader: SiteName
+    members: tuple[SiteName, ...]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class EpochFailed:
+    """A leader could not give everybody a key; the next one is asked."""
+
+    event: Literal["epoch_failed"]
+    time: float
+    epoch: RoundNumber
+    leader: SiteName
+    reason: str
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class SiteLeft:
+    event: Literal["site_left"]
+    time: float
+    site: SiteName
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class WorkerRestarted:
+    """An upload ended the process that adds."""
+
+    event: Literal["worker_restarted"]
+    time: float
+    round: RoundNumber
+    site: SiteName
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -215,7 +255,18 @@ class Trouble:
 
 
 CoordinatorEvent = (
-    RunOpened | RoundOpened | UpdateAccepted | SiteMissing | RoundAggregated | RoundApplied | NodeRefused | RunClosed
+    RunOpened
+    | RoundOpened
+    | UpdateAccepted
+    | SiteMissing
+    | RoundAggregated
+    | RoundApplied
+    | NodeRefused
+    | RunClosed
+    | EpochOpened
+    | EpochFailed
+    | SiteLeft
+    | WorkerRestarted
 )
 HospitalEvent = DataLoaded | Trained | Encrypted | Updated | Trouble
 
@@ -277,6 +328,7 @@ class _Arms:
 class _StudyFile:
     hash: Digest
     study: dict[str, Any]
+    signatures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # ---- the record

@@ -52,6 +52,15 @@ def prepared(_prepared, tmp_path):
 
 
 @pytest.fixture
+def keyed(prepared):
+    """The same, and the hospitals hold the key of the first epoch."""
+    from fedmedgan.simulations import consortium
+
+    consortium.give_key(*prepared)
+    return prepared
+
+
+@pytest.fixture
 def ray_folder():
     """A short folder of our own for Ray: a killed cluster leaves a note in the shared one that others wait for."""
     folder = tempfile.mkdtemp(prefix="r")

@@ -3,67 +3,30 @@
 from __future__ import annotations
 
 import json
-import uuid
 
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 
-from fedmedgan.client import app as client
 from fedmedgan.client.cycle import Hospital
-from fedmedgan.server.app import load_study, refuse_secrets
+from fedmedgan.server import app as server
+from fedmedgan.server.app import refuse_secrets
 from fedmedgan.server.cycle import Coordinator
+from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import CryptoError, FedMedGanError, ModelError, RunError, StudyError
 from fedmedgan.shared.messages import Envelope, Refusal, Roll
+from fedmedgan.shared.secure_sum.keys import load_signing_key
 from fedmedgan.simulations import consortium
+from fedmedgan.simulations.local_grid import LocalGrid as Grid
 
 
-class LocalGrid:
-    """Flower's grid, with each hospital's real ClientApp called in this process.
-
-    `absent(node, polls)`: is the node offline at that poll? `silent(node, message_type)`: does it never answer?
-    """
-
-    def __init__(self, prepared, *, absent=lambda node, polls: False, silent=lambda node, kind: False):
-        folder, study = prepared
-        self.homes = dict(enumerate(consortium.homes(folder, study)))
-        self.absent, self.silent = absent, silent
-        self.app = client.make_app(lambda context: self.homes[context.node_id])
-        self.polls = 0
-        self.answers: dict[str, Message] = {}
-        self.sent: list[tuple[int, str]] = []
-
-    def get_node_ids(self):
-        self.polls += 1
-        return [node for node in self.homes if not self.absent(node, self.polls)]
-
-    def push_messages(self, messages):
-        for message in messages:
-            number = uuid.uuid4().hex
-            node, kind = message.metadata.dst_node_id, message.metadata.message_type
-            message.metadata.__dict__["_message_id"] = number
-            self.sent.append((node, kind))
-            if not self.silent(node, kind):
-                context = Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
-                try:
-                    self.answers[number] = self.app(message=message, context=context)
-                except Exception as error:
-                    self.answers[number] = Message(Error(code=1, reason=str(error)), reply_to=message)
-            yield number
-
-    def pull_messages(self, message_ids):
-        return [self.answers.pop(number) for number in message_ids if number in self.answers]
+def LocalGrid(prepared, **misbehaves) -> Grid:
+    return Grid(consortium.homes(*prepared), **misbehaves)
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch):
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-def coordinator(prepared, grid, **changes) -> Coordinator:
-    folder, study = prepared
-    return Coordinator(grid, study.model_copy(update=changes) if changes else study, folder)
+def coordinator(prepared, grid) -> Coordinator:
+    folder, _ = prepared
+    agreement = Agreement.load(folder / "study.json")
+    return Coordinator(grid, agreement, load_signing_key(folder / server.KEY_FILE), folder)
 
 
 def events(prepared) -> list[dict]:
@@ -201,7 +164,7 @@ def test_a_coordinator_beside_keys_or_with_a_changed_study_does_not_start(prepar
     changed = (folder / "study.json").read_text().replace('"epsilon": 20.0', '"epsilon": 21.0')
     (folder / "study.json").write_text(changed)
     with pytest.raises(StudyError) as wrong:
-        load_study(folder)
+        Agreement.load(folder / "study.json")
     assert wrong.value.code == "STUDY_HASH"
     with pytest.raises(FedMedGanError):
-        load_study(folder / "nowhere")
+        Agreement.load(folder / "nowhere" / "study.json")
