@@ -305,6 +305,14 @@ def test_salt_and_nonce_are_new_for_every_writing(tmp_path, weak_scrypt):
     assert len({h[:16] for h in headers}) == len({h[16:] for h in headers}) == 20
 
 
+@pytest.mark.parametrize("length", [8, 23, 36, 51])
+def test_a_sealed_file_cut_to_its_header_is_no_wrong_passphrase(tmp_path, length):
+    save_signing_key(tmp_path / "key", COMPLETE.signing, PASSPHRASE)
+    (tmp_path / "key").write_bytes((tmp_path / "key").read_bytes()[:length])
+    with pytest.raises(CryptoError, match=r"KEY_FORMAT.*cut"):
+        load_signing_key(tmp_path / "key", PASSPHRASE)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_sealed_file_that_was_altered_or_cut(tmp_path, weak_scrypt, name):
     COMPLETE.save(tmp_path, PASSPHRASE)
