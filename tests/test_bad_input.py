@@ -3,6 +3,7 @@
 TYPED   what a person can type, through the real command line: exit code 2, one line ``error[CODE]:``, no traceback,
         nothing written, nothing lost
 MET     bytes and values that a program meets, through the function that meets them: an error of ours, one line
+AT_HOME messages and files of a hospital in the middle of a study, through the real hospital and the real server
 ALREADY ids whose cases live in another test file, by the names of the tests there
 NOT_OURS ids that cannot happen here, and why
 
@@ -18,6 +19,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import stat
 import struct
 import sys
@@ -37,24 +39,39 @@ import test_ledger
 import torch
 from conftest import tiny_study
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from torch import nn
 
 from fedmedgan.cli import main, output
 from fedmedgan.client import checkpoint
+from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.training.local_round import LocalTrainer
 from fedmedgan.client.training.private_step import refuse_unsafe
-from fedmedgan.server.app import refuse_secrets
+from fedmedgan.server.aggregation import RoundSum
+from fedmedgan.server.app import KEY_FILE, refuse_secrets
 from fedmedgan.shared.agreement import Agreement, Identity, assemble, sign
 from fedmedgan.shared.errors import FedMedGanError
-from fedmedgan.shared.messages import MAX_HEADER_BYTES, Applied, Envelope, Update, parse
+from fedmedgan.shared.messages import (
+    MAX_HEADER_BYTES,
+    Applied,
+    Approval,
+    Certificate,
+    Envelope,
+    Roll,
+    RoundOpen,
+    Update,
+    parse,
+)
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.ledger import Ledger
 from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, epochs, keys, proof
-from fedmedgan.shared.secure_sum.keys import HospitalKeys
+from fedmedgan.shared.secure_sum.keys import HospitalKeys, load_signing_key
 from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, SlotPlan
-from fedmedgan.simulations import DEFAULT_STUDY
+from fedmedgan.shared.study import Study
+from fedmedgan.simulations import DEFAULT_STUDY, consortium
 
 MARKER = "ZZPHI"
 TAKEN = ""
@@ -648,7 +665,7 @@ MET = [
     Case("C16", "a digit changed", "STUDY_HASH", agreement_file(AGREED.to_json().replace(b"20.0", b"21.0"))),
     Case("C03", "agreement no JSON", "CONFIG_SYNTAX", agreement_file(b"{")),
     Case("C03", "agreement a list", "CONFIG_SYNTAX", agreement_file(b"[]")),
-    Case("C03", "agreement of nothing", "CONFIG_SYNTAX", agreement_file(b'{"study": {}}')),
+    Case("C05", "agreement of nothing", "CONFIG_MISSING_KEY", agreement_file(b'{"study": {}}')),
     Case("C17", "agreement nested", "CONFIG_SYNTAX", agreement_file(b'{"study":' + b"[" * 100_000)),
     Case("C17", "agreement of 2 MiB", "CONFIG_TOO_LARGE", agreement_file(bytes(2 << 20))),
     Case("C01", "no agreement", "CONFIG_NOT_FOUND", lambda f: partial(Agreement.load, f / "study.json")),
@@ -786,6 +803,326 @@ def test_met(case, sandbox, capfd):
     assert contents(sandbox) == before, "something was written or lost"
 
 
+# ---- AT_HOME: through a real hospital and a real server, in the middle of a study
+
+
+@dataclass
+class Played:
+    """A consortium that has finished round 1, and sealed and added round 2."""
+
+    study: Study
+    homes: list[Path]
+    opened: RoundOpen
+    updates: list[Envelope]
+    """Signed updates of round 2, one a hospital."""
+    certificate: Certificate
+    total: bytes
+    """The encrypted sum of round 2."""
+    early: Path
+    """Home of the first hospital as it was before round 1."""
+    coordinator: Ed25519PrivateKey
+
+    def hospital(self, home: Path) -> Hospital:
+        return Hospital(home)
+
+    def signing(self, place: int) -> Ed25519PrivateKey:
+        return HospitalKeys.load(self.homes[place] / "keys").signing
+
+    def sum_of(self, opened: RoundOpen | None = None) -> RoundSum:
+        start = Hospital(self.homes[0])
+        adder = cipher.AddOnly(proof.update_blobs(self.study, start.plan.n_values))
+        return RoundSum(self.study, opened or self.opened, adder, start.model_hash)
+
+    def short_sum(self) -> bytes:
+        """What a server could send that leaves the last hospital out."""
+        short = self.sum_of()
+        for update in self.updates[:-1]:
+            short.add(update)
+        return short.certify()[1]
+
+    def resigned(self, place: int, **changes: Any) -> Envelope:
+        """An update that its own hospital signed with other words in it."""
+        update = self.updates[place].open(Update, self.study).model_copy(update=changes)
+        return Envelope.seal(update, self.signing(place), self.updates[place].payload)
+
+    def certified(self, **changes: Any) -> Certificate:
+        return self.certificate.model_copy(update=changes)
+
+    def with_update(self, place: int, envelope: Envelope) -> Certificate:
+        updates = [*self.certificate.updates]
+        updates[place] = envelope.shown()
+        return self.certified(updates=tuple(updates))
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory) -> Played:
+    folder = tmp_path_factory.mktemp("played") / "run"
+    study = consortium.prepare(tiny_study(3, training={"rounds": 3}), folder, {})
+    epoch = consortium.give_key(folder, study)
+    homes = consortium.homes(folder, study)
+    early = folder / "early"
+    shutil.copytree(homes[0], early, ignore=shutil.ignore_patterns("dicom"))
+    cohort = tuple(sorted(site.name for site in study.sites))
+    for number in (1, 2):
+        opened = RoundOpen(study=study.hash, round=number, attempt=1, cohort=cohort, epoch=1, key_id=epoch.key_id)
+        updates = [Hospital(home).local_update(opened) for home in homes]
+        made = Played(study, homes, opened, updates, None, b"", early, load_signing_key(folder / KEY_FILE))
+        total = made.sum_of()
+        for update in updates:
+            total.add(update)
+        made.certificate, made.total = total.certify()
+        if number == 1:
+            for home in homes:
+                Hospital(home).apply_sum(made.certificate, made.total)
+    return made
+
+
+@pytest.fixture
+def home(played, sandbox) -> Path:
+    """A copy of the first hospital's home. Its images stay where they are: the policy names them."""
+    shutil.copytree(played.homes[0], sandbox / "home", ignore=shutil.ignore_patterns("dicom"))
+    return sandbox / "home"
+
+
+def asked(**changes: Any) -> Callable:
+    """The server asks for a round."""
+    return lambda p, home: Hospital(home).local_update(p.opened.model_copy(update=changes))
+
+
+def spoilt(name: str, data: bytes | None, act: Callable | None = None) -> Callable:
+    """A file of the home is damaged (None: gone), and the hospital is asked again."""
+
+    def make(p: Played, home: Path) -> None:
+        (home / name).unlink()
+        if data is not None:
+            (home / name).write_bytes(data)
+        (act or asked())(p, home)
+
+    return make
+
+
+def policy(line: str) -> Callable:
+    """A line of policy.toml, in the place of the one of that key."""
+
+    def make(p: Played, home: Path) -> None:
+        text = (home / "policy.toml").read_text()
+        key = line.split(" =")[0]
+        changed = re.sub(rf"(?m)^{key} = .*$", line.replace("\\", "\\\\"), text)
+        (home / "policy.toml").write_text(changed if changed != text else f"{text}\n{line}\n")
+        Hospital(home).load_patients()
+
+    return make
+
+
+def few_patients(p: Played, home: Path) -> None:
+    """The folder holds fewer patients than were declared, and one image of another modality."""
+    few = home / "few" / "clear"
+    few.mkdir(parents=True)
+    for number in range(3):
+        (few / f"{number}.dcm").write_bytes(marked(PatientID=f"{MARKER}-{number}"))
+    (few / "mr.dcm").write_bytes(marked(Modality="MR"))
+    policy(f'data = "{home / "few"}"')(p, home)
+
+
+def applied_sum(certificate: Callable[[Played], Certificate], total: Callable[[Played], bytes] = lambda p: p.total):
+    """The server broadcasts a sum."""
+    return lambda p, home: Hospital(home).apply_sum(certificate(p), total(p))
+
+
+def server_adds(envelopes: Callable[[Played], list[Envelope]]) -> Callable:
+    def make(p: Played, home: Path) -> None:
+        total = p.sum_of()
+        for envelope in envelopes(p):
+            total.add(envelope)
+
+    return make
+
+
+def cut_ledger(lines: int) -> Callable:
+    def make(p: Played, home: Path) -> None:
+        kept = (home / "ledger.jsonl").read_bytes().splitlines(keepends=True)[:lines]
+        (home / "ledger.jsonl").write_bytes(b"".join(kept))
+        asked()(p, home)
+
+    return make
+
+
+def other_ledger(p: Played, home: Path) -> None:
+    """As long as ours, whole, ours by name, and another story."""
+    length = len((home / "ledger.jsonl").read_bytes().splitlines())
+    (home / "ledger.jsonl").unlink()
+    with Ledger(home / "ledger.jsonl", p.study.sites[0].name) as ledger:
+        ledger.open_study(p.study.hash, delta=p.study.privacy.delta, ceiling=p.study.privacy.epsilon)
+        while ledger.history.seq < length:
+            ledger.void(ledger.reserve(p.study.hash, 1, [test_ledger.EVENT]), "never happened")
+    asked()(p, home)
+
+
+def whole_home_restored(p: Played, home: Path) -> None:
+    """A backup from before round 1, model and ledger alike: only what the server brings back can tell."""
+    shutil.rmtree(home)
+    shutil.copytree(p.early, home)
+    approvals = tuple(
+        Approval(hospital=n, signature=s) for n, s in Agreement.load(home / "study.json").signatures.items()
+    )
+    roll = Roll(study=p.study.hash, approvals=approvals, anchors=(p.updates[0].shown(),))
+    Hospital(home).present(roll)
+
+
+def model_of_another_study(p: Played, home: Path) -> None:
+    arrays, notes = checkpoint.read(home / "model.safetensors")
+    checkpoint.write(home / "model.safetensors", arrays, **(notes | {"study": "0" * 64}))
+    Hospital(home)
+
+
+def another_model(p: Played, home: Path) -> None:
+    arrays, notes = checkpoint.read(home / "model.safetensors")
+    checkpoint.write(home / "model.safetensors", {n: a + 1 for n, a in arrays.items()}, **notes)
+    applied_sum(lambda p: p.certificate)(p, home)
+
+
+def one_file_for_another(name: str, source: str) -> Callable:
+    def make(p: Played, home: Path) -> None:
+        shutil.copyfile(home / source, home / name)
+        asked(attempt=2)(p, home)
+
+    return make
+
+
+AT_HOME = [
+    Case("C01", "no policy", "CONFIG_NOT_FOUND", spoilt("policy.toml", None)),
+    Case("C03", "policy no TOML", "CONFIG_TYPE", spoilt("policy.toml", b"site = ")),
+    Case("C05", "policy with another key", "CONFIG_TYPE", policy("max_epsilonn = 3.0")),
+    Case("C11", "policy ceiling inf", "CONFIG_TYPE", policy("max_epsilon = inf")),
+    Case("C11", "policy ceiling true", "CONFIG_TYPE", policy("max_epsilon = true")),
+    Case("C11", 'policy ceiling "4"', "CONFIG_TYPE", policy('max_epsilon = "4"')),
+    Case("C11", "policy ceiling 0", "CONFIG_TYPE", policy("max_epsilon = 0.0")),
+    Case("C13", "policy of a stranger", "STUDY_ROSTER", policy('site = "stranger"')),
+    Case("C13", "policy with a cohort of two", "CONFIG_TYPE", policy("min_cohort = 2")),
+    Case("C15", "policy without encryption", "CONFIG_TYPE", policy("require_encryption = false")),
+    Case("C17", "policy nested", "CONFIG_TYPE", spoilt("policy.toml", b"site = " + b"[" * 10_000)),
+    Case("C17", "policy of 2 MiB", "CONFIG_TYPE", spoilt("policy.toml", b"#" * (2 << 20))),
+    Case("C18", "policy not UTF-8", "CONFIG_TYPE", spoilt("policy.toml", b"site = '\xff'")),
+    Case("D01", "data folder gone", "DATA_PATH", policy('data = "/nowhere"')),
+    Case("D01", "data folder with a NUL", "DATA_PATH", policy('data = "a\\u0000b"')),
+    Case("D30", "fewer than declared, mixed", "DATA_TOO_FEW", few_patients),
+    Case("H17", "another round", "MSG_ROUND", asked(round=3)),
+    Case("H17", "a round that is over", "MSG_ROUND", asked(round=1)),
+    Case("H17", "another key", "MSG_KEY", asked(key_id="0" * 32)),
+    Case("H17", "another key epoch", "MSG_KEY", asked(epoch=2)),
+    Case("H17", "a cohort of two", "MSG_SENDER", asked(cohort=("site-0", "site-1"))),
+    Case("H17", "a cohort with a stranger", "MSG_SENDER", asked(cohort=("site-0", "site-1", "stranger"))),
+    Case("H17", "a cohort with one twice", "MSG_SENDER", asked(cohort=("site-0", "site-0", "site-1"))),
+    Case("H17", "a new attempt of the same cohort", "MSG_REPLAY", asked(attempt=2)),
+    Case("H17", "sent twice", "MSG_REPLAY", server_adds(lambda p: [p.updates[0], p.updates[0]])),
+    Case("H17", "another attempt", "MSG_ROUND", server_adds(lambda p: [p.resigned(0, attempt=2)])),
+    Case("H17", "another weight", "MSG_SENDER", server_adds(lambda p: [p.resigned(0, weight=9)])),
+    Case("H17", "another model", "MODEL_DIVERGED", server_adds(lambda p: [p.resigned(0, model_hash="0" * 64)])),
+    Case("H17", "sum of another round", "MSG_ROUND", applied_sum(lambda p: p.certified(round=3))),
+    Case("H17", "sum under another key", "MSG_KEY", applied_sum(lambda p: p.certified(key_id="0" * 32))),
+    Case("H17", "sum of an attempt before", "MSG_ROUND", applied_sum(lambda p: p.certified(attempt=3))),
+    Case("H17", "sum with one twice", "MSG_SENDER", applied_sum(lambda p: p.with_update(2, p.updates[0]))),
+    Case(
+        *("H17", "sum with an update that we did not send", "MSG_SENDER"),
+        applied_sum(lambda p: p.with_update(0, p.resigned(0, generator_loss=0.25))),
+    ),
+    Case(
+        "H18",
+        "one speaks for another",
+        "MSG_SIGNATURE",
+        server_adds(
+            lambda p: [
+                Envelope.seal(
+                    p.updates[1].open(Update, p.study).model_copy(update={"hospital": "site-0"}),
+                    p.signing(1),
+                    p.updates[1].payload,
+                )
+            ]
+        ),
+    ),
+    Case(
+        "H18",
+        "a hospital speaks for the server",
+        "MSG_SIGNATURE",
+        lambda p, home: Envelope.seal(p.opened, p.signing(1)).open(RoundOpen, Hospital(home).study),
+    ),
+    Case(
+        "H18",
+        "a forged update in a sum",
+        "MSG_SIGNATURE",
+        applied_sum(lambda p: p.with_update(1, p.resigned(1).model_copy(update={"signature": "0" * 128}))),
+    ),
+    Case(
+        "H19",
+        "a payload cut behind its header",
+        "MSG_FORMAT",
+        server_adds(lambda p: [p.updates[0].model_copy(update={"payload": p.updates[0].payload[:-1]})]),
+    ),
+    Case("H20", "one left out of the sum", "ROUND_REJECTED", applied_sum(lambda p: p.certificate, Played.short_sum)),
+    Case("H20", "a sum cut", "HE_CT_SIZE", applied_sum(lambda p: p.certificate, lambda p: p.total[:-1])),
+    Case("H20", "a sum altered", "HE_CT_HASH", applied_sum(lambda p: p.certificate, lambda p: flip(p.total, 9000))),
+    Case("L01", "gone", "LEDGER_ROLLBACK", spoilt("ledger.jsonl", None)),
+    Case("L01", "empty", "LEDGER_ROLLBACK", spoilt("ledger.jsonl", b"")),
+    Case("L02", "shorter", "LEDGER_ROLLBACK", cut_ledger(1)),
+    Case("L02", "restored with all of the home", "LEDGER_ROLLBACK", whole_home_restored),
+    Case("L02", "a peer's", "LEDGER_ROLLBACK", applied_sum(lambda p: p.with_update(1, p.resigned(1, ledger_seq=1)))),
+    Case("L03", "another story", "LEDGER_FORK", other_ledger),
+    Case(
+        "L03",
+        "a peer's",
+        "LEDGER_FORK",
+        applied_sum(lambda p: p.with_update(1, p.resigned(1, ledger_seq=3, ledger_head="0" * 64))),
+    ),
+    Case(
+        "L10",
+        "a folder in its place: no training",
+        "LEDGER_WRITE",
+        lambda p, home: ((home / "ledger.jsonl").unlink(), (home / "ledger.jsonl").mkdir(), asked()(p, home)),
+    ),
+    Case("M01", "model cut", "MODEL_HASH", spoilt("model.safetensors", bytes(100))),
+    Case("M01", "attempt cut", "RUN_STATE", spoilt("attempt.json", b'{"round": 2', asked(attempt=2))),
+    Case("M01", "attempt of other words", "RUN_STATE", spoilt("attempt.json", b"[2]", asked(attempt=2))),
+    Case("M01", "anchors cut", "RUN_STATE", spoilt("anchors.json", b"{", applied_sum(lambda p: p.certificate))),
+    Case(
+        "M01",
+        "anchors of other words",
+        "RUN_STATE",
+        spoilt("anchors.json", b'{"a": 3}', applied_sum(lambda p: p.certificate)),
+    ),
+    Case("M01", "noise cut", "STUDY_HASH", spoilt("noise.json", b"{")),
+    Case("M02", "agreement empty", "CONFIG_SYNTAX", spoilt("study.json", b"")),
+    Case("M08", "model of another study", "MODEL_MISMATCH", model_of_another_study),
+    Case("M08", "another model", "MODEL_DIVERGED", another_model),
+    Case(
+        "M08",
+        "states in the place of the model",
+        "MODEL_MISMATCH",
+        one_file_for_another("model.safetensors", "optimizers.safetensors"),
+    ),
+    Case(
+        "M08",
+        "the update in the place of the model",
+        "MODEL_MISMATCH",
+        one_file_for_another("model.safetensors", "update.safetensors"),
+    ),
+]
+KEPT = ("ledger.jsonl", "model.safetensors", "optimizers.safetensors", "keys")
+
+
+@pytest.mark.parametrize("case", AT_HOME, ids=lambda case: case.name)
+def test_at_home(case, played, home, capfd):
+    code = line = ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalTrainer, "train", lambda *_: pytest.fail("it trained"))
+        try:
+            case.make(played, home)
+        except FedMedGanError as error:  # any other exception is a hole
+            code, line = error.code, error.line()
+    assert code == case.code, line
+    assert "\n" not in line and MARKER not in line
+    assert MARKER not in "".join(capfd.readouterr())
+
+
 # ---- ALREADY and NOT_OURS
 
 ALREADY = {
@@ -824,10 +1161,10 @@ def test_every_id_of_the_design_has_its_place():
     families = {"C": 18, "D": 30, "K": 12, "H": 20, "L": 10, "M": 8}
     ids = {f"{letter}{n:02}" for letter, count in families.items() for n in range(1, count + 1)}
     assert len(ids) == 98
-    tabled = {case.id for case in TYPED + MET} | set(ALREADY)
+    tabled = {case.id for case in TYPED + MET + AT_HOME} | set(ALREADY)
     assert tabled | set(NOT_OURS) == ids
     assert not tabled & set(NOT_OURS)
-    names = [case.name for case in TYPED + MET]
+    names = [case.name for case in TYPED + MET + AT_HOME]
     assert len(set(names)) == len(names) >= 80
 
 
