@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import subprocess
@@ -11,14 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedmedgan.deploy import certificates
+from fedmedgan.deploy import certificates, kits
 from fedmedgan.deploy.environment import BIN, environment
+from fedmedgan.deploy.kit_config import Consortium
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def make_kits(folder: Path, *names: str, port: int, superlink_port: int) -> Path:
+    """Kits of a consortium on this machine. Returns the coordinator's."""
+    hospitals = tuple({"name": name} for name in names or ("north", "south", "west"))
+    coordinator = {"host": "127.0.0.1", "port": port, "superlink_port": superlink_port}
+    kits.make(Consortium.model_validate({"name": "t", "coordinator": coordinator, "hospitals": hospitals}), folder)
+    return folder / "coordinator"
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -30,18 +40,15 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     raise AssertionError(f"not within {seconds:g} s: {what}")
 
 
-class Consortium:
+class Flower:
     """A SuperLink and SuperNodes of our own, ended by their process ids."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, port: int, kit: Path) -> None:
+        self.folder, self.port = folder, port
         self.processes: list[subprocess.Popen] = []
         self.flower = environment(folder / "flwr")
-        ca_key, ca = certificates.make_ca("test")
-        key, server = certificates.make_server(ca_key, ca, "127.0.0.1")
-        (folder / "ca.crt").write_bytes(certificates.certificate_pem(ca))
-        (folder / "server.crt").write_bytes(certificates.certificate_pem(server))
-        certificates.write_secret(folder / "server.key", certificates.key_pem(key))
+        for name in ("ca.crt", "server.crt", "server.key"):
+            shutil.copy(kit / name, folder / name)
         (folder / "flwr").mkdir()
         (folder / "flwr" / "config.toml").write_text(
             f'[superlink.test]\naddress = "127.0.0.1:{self.port}"\nroot-certificates = "{folder / "ca.crt"}"\n'
@@ -78,15 +85,15 @@ class Consortium:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start_supernode(self, name: str, *first: Path) -> Path:
-        """Returns the hospital's home."""
+    def start_supernode(self, name: str, *first: Path, port: int | None = None) -> Path:
+        """Start one, on another port where something stands before the SuperLink. Returns the hospital's home."""
         home = self.folder / name
         home.mkdir()
         private, public = certificates.supernode_pair()
         certificates.write_secret(home / "supernode.key", private)
         (home / "supernode.pub").write_bytes(public)
         self.flwr("supernode", "register", str(home / "supernode.pub"), "test")
-        command = [str(BIN / "flower-supernode"), "--superlink", f"127.0.0.1:{self.port}"]
+        command = [str(BIN / "flower-supernode"), "--superlink", f"127.0.0.1:{port or self.port}"]
         command += ["--root-certificates", "ca.crt", "--auth-supernode-private-key", str(home / "supernode.key")]
         command += ["--port", str(free_port()), "--node-config", f'home="{home}"']
         self.start(name, command, environment(home / "flwr", *first))

@@ -19,7 +19,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp.client_app import LoadClientAppError
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supernode.runtime import run_clientapp
-from real_flower import Consortium, until
+from real_flower import Flower, free_port, make_kits, until
 
 from fedmedgan.deploy import gate
 from fedmedgan.deploy.environment import environment
@@ -82,8 +82,9 @@ def hostile_app(folder: Path) -> Path:
 
 
 @pytest.fixture
-def consortium(tmp_path) -> Iterator[Consortium]:
-    running = Consortium(tmp_path)
+def consortium(tmp_path) -> Iterator[Flower]:
+    port = free_port()
+    running = Flower(tmp_path, port, make_kits(tmp_path / "kits", port=port, superlink_port=port))
     yield running
     running.stop()
 
