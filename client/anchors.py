@@ -35,10 +35,12 @@ def check_own(history: History, own: str, shown: Iterable[Signed], study: Study)
 
 
 def load(home: Path) -> dict[str, Anchor]:
-    """The newest anchor of each peer, by its signing key: names may mean others in another study."""
-    path = home / FILE
-    known: dict[str, list] = json.loads(path.read_text()) if path.exists() else {}
-    return {key: (int(seq), str(head)) for key, (seq, head) in known.items()}
+    """The newest anchor of each peer, by its signing key: names may mean others in another study.
+
+    Raises:
+        RunError: RUN_STATE.
+    """
+    return checkpoint.read_note(home / FILE, dict[str, Anchor], {})
 
 
 def check_peers(known: Mapping[str, Anchor], updates: Mapping[str, Update], study: Study) -> None:

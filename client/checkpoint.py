@@ -11,17 +11,20 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 from torch import nn
 
-from fedmedgan.shared.errors import ModelError
+from fedmedgan.shared.errors import ModelError, RunError
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 def content_hash(arrays: Mapping[str, np.ndarray]) -> str:
@@ -60,6 +63,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def read_note(path: Path, kind: type[T], missing: T) -> T:
+    """One of the hospital's own small JSON files, checked against a type; `missing` where it is not there.
+
+    Raises:
+        RunError: RUN_STATE, the file is damaged: what it should have said is not guessed.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError:
+        return missing
+    except (OSError, ValueError):
+        raise RunError("RUN_STATE", "a file of the hospital's own is damaged", path.name) from None
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, str | int]]:

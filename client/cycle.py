@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from fedmedgan.shared.errors import (
     FedMedGanError,
     MessageError,
     ModelError,
+    PrivacyError,
     RunError,
     StudyError,
 )
@@ -77,6 +79,15 @@ from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.secure_sum.quantize import plan_for
 
 SAMPLE_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """For which cohort a round was sealed last; `attempt.json`."""
+
+    round: int = 0
+    attempt: int = 0
+    cohort: tuple[str, ...] = ()
 
 
 class Hospital:
@@ -169,7 +180,10 @@ class Hospital:
 
     def _ledger_history(self) -> History:
         """The verified ledger, which must reach at least to where it was when the model was written."""
-        history = read_ledger(self.home / "ledger.jsonl")
+        path = self.home / "ledger.jsonl"
+        if self.model_ledger[0] and not path.exists():
+            raise PrivacyError("LEDGER_ROLLBACK", "the ledger is gone, and the model was trained under it", path.name)
+        history = read_ledger(path)
         history.check_anchor(*self.model_ledger)
         return history
 
@@ -242,6 +256,8 @@ class Hospital:
     def _stored_update(self) -> tuple[tuple[int, str, str], checkpoint.Arrays, dict[str, str | int]]:
         """What the stored update starts from, its arrays, and its notes."""
         arrays, notes = checkpoint.read(self._update_file)
+        if "levels" not in arrays:
+            raise ModelError("MODEL_MISMATCH", "this is not an update", self._update_file.name)
         return (int(notes["round"]), str(notes["model_hash"]), str(notes["study"])), arrays, notes
 
     def _train(self, round: int) -> None:
@@ -317,22 +333,21 @@ class Hospital:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.
 
         Raises:
-            MessageError: MSG_REPLAY.
+            MessageError: MSG_REPLAY. RunError: RUN_STATE.
         """
         attempt, cohort = self._last_attempt(opened.round)
         again = opened.attempt == attempt and set(opened.cohort) == cohort
         smaller = opened.attempt > attempt and (not cohort or set(opened.cohort) < cohort)
         if not (again or smaller):
             raise MessageError("MSG_REPLAY", "this round was already sealed for another cohort", "RoundOpen")
-        latest = {"round": opened.round, "attempt": opened.attempt, "cohort": sorted(opened.cohort)}
-        checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(latest).encode())
+        latest = _Attempt(opened.round, opened.attempt, tuple(sorted(opened.cohort)))
+        checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(asdict(latest)).encode())
         crash.point("client.attempt-noted")
 
     def _last_attempt(self, round: int) -> tuple[int, set[str]]:
         """The latest attempt of this round that was sealed here, and its cohort; (0, nobody) before the first."""
-        path = self.home / ATTEMPT
-        latest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"round": 0}
-        return (latest["attempt"], set(latest["cohort"])) if latest["round"] == round else (0, set())
+        latest = checkpoint.read_note(self.home / ATTEMPT, _Attempt, _Attempt())
+        return (latest.attempt, set(latest.cohort)) if latest.round == round else (0, set())
 
     def _seal(self, levels_P: np.ndarray, saturated: int, opened: RoundOpen) -> bytes:
         """Levels -> packed slots -> presence and MAC -> pairwise masks -> ciphertexts -> frame."""
@@ -520,7 +535,7 @@ class Hospital:
         if not self._model_file.exists():
             return checkpoint.network_arrays(*self.networks), 0, (0, "")
         arrays, notes = checkpoint.read(self._model_file)
-        if notes["study"] != self.study.hash:
+        if notes.get("study") != self.study.hash:
             raise ModelError("MODEL_MISMATCH", "the model belongs to another study", self._model_file.name)
         checkpoint.load_networks(arrays, *self.networks)
         return arrays, int(notes["round"]), (int(notes["ledger_seq"]), str(notes["ledger_head"]))

@@ -146,7 +146,7 @@ def leave(home: Path) -> None:
 def _put_away(home: Path, study: Study) -> None:
     """Move the state of an earlier study to ``past/<hash>``: ledger, identity and cache serve every study."""
     known = home / "study.json"
-    earlier = json.loads(known.read_text(encoding="utf-8"))["hash"] if known.exists() else study.hash
+    earlier = Agreement.load(known).study.hash if known.exists() else study.hash
     if earlier != study.hash:
         past = home / "past" / earlier[:16]
         past.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedmedgan.client import checkpoint
@@ -43,6 +44,14 @@ from fedmedgan.shared.study import Study
 
 MAX_REJECTED = 3
 """Sums that may fail their check under one key: each is one bit that a forger learns about the key."""
+
+
+@dataclass(frozen=True)
+class _Rejected:
+    """How many sums failed their check under a key; `rejected.json`."""
+
+    epoch: int = 0
+    sums: int = 0
 
 
 class KeyEpochs:
@@ -168,8 +177,8 @@ class KeyEpochs:
     def note_rejected(self) -> None:
         """Count a sum that failed its check under the present key, before anybody hears of it."""
         number = self.own.epoch.number if self.own.epoch else 0
-        count = {"epoch": number, "sums": self._rejected() + 1}
-        checkpoint.write_bytes(self.home / REJECTED, json.dumps(count).encode())
+        count = _Rejected(number, self._rejected() + 1)
+        checkpoint.write_bytes(self.home / REJECTED, json.dumps(asdict(count)).encode())
 
     def check_running(self) -> None:
         """Raises CryptoError KEY_STOPPED after the third rejected sum under the present key."""
@@ -178,9 +187,8 @@ class KeyEpochs:
             raise CryptoError("KEY_STOPPED", what, self.policy.site)
 
     def _rejected(self) -> int:
-        path = self.home / REJECTED
-        count = json.loads(path.read_text()) if path.exists() else {"epoch": 0, "sums": 0}
-        return int(count["sums"]) if self.own.epoch and count["epoch"] == self.own.epoch.number else 0
+        count = checkpoint.read_note(self.home / REJECTED, _Rejected, _Rejected())
+        return count.sums if self.own.epoch and count.epoch == self.own.epoch.number else 0
 
     # ---- checks
 
@@ -204,8 +212,7 @@ class KeyEpochs:
             return
         if number <= present.number:
             raise CryptoError("KEY_EPOCH", f"epoch {number} was asked for, {present.number} is in use", "epoch")
-        path = self.home / ROTATION_ALLOWED
-        if path.exists() and json.loads(path.read_text())["epoch"] == present.number:
+        if checkpoint.read_note(self.home / ROTATION_ALLOWED, dict[str, int], {}).get("epoch") == present.number:
             return
         self.check_running()
         every = self.study.secure_sum.rotate_every

@@ -48,7 +48,7 @@ class Policy(BaseModel):
             return cls.model_validate(values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
         except OSError:
             raise StudyError("CONFIG_NOT_FOUND", "the hospital has no policy", path.name) from None
-        except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValidationError, ValueError, RecursionError) as error:
             what = f"policy not valid: {str(error).splitlines()[0]}"
             raise StudyError("CONFIG_TYPE", what, path.name, hint="mend policy.toml in the hospital's home") from None
 

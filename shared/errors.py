@@ -113,6 +113,7 @@ HINTS: dict[str, str] = {
     "MODEL_DIVERGED": "hospitals hold different models; the run was stopped",
     # the run
     "RUN_USAGE": "`fedmedgan --help` shows the commands and their options",
+    "RUN_STATE": "restore the file from a backup, or look into what changed it; it was not guessed",
     "RUN_PATH": "choose a folder that is new or empty",
     "RUN_JOURNAL": "one coordinator at a time, on a disk with room; otherwise restore the folder from its backup",
     "RUN_QUORUM": "fewer than three hospitals took part; start again when they are back",

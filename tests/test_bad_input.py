@@ -893,7 +893,7 @@ def spoilt(name: str, data: bytes | None, act: Callable | None = None) -> Callab
     """A file of the home is damaged (None: gone), and the hospital is asked again."""
 
     def make(p: Played, home: Path) -> None:
-        (home / name).unlink()
+        (home / name).unlink(missing_ok=True)
         if data is not None:
             (home / name).write_bytes(data)
         (act or asked())(p, home)
@@ -987,6 +987,12 @@ def one_file_for_another(name: str, source: str) -> Callable:
         asked(attempt=2)(p, home)
 
     return make
+
+
+def model_as_update(p: Played, home: Path) -> None:
+    shutil.copyfile(home / "model.safetensors", home / "update.safetensors")
+    (home / "outbox.msg").unlink()
+    asked()(p, home)
 
 
 AT_HOME = [
@@ -1090,6 +1096,8 @@ AT_HOME = [
         spoilt("anchors.json", b'{"a": 3}', applied_sum(lambda p: p.certificate)),
     ),
     Case("M01", "noise cut", "STUDY_HASH", spoilt("noise.json", b"{")),
+    Case("M01", "count of rejected sums cut", "RUN_STATE", spoilt("rejected.json", b'{"epoch": 1, "su')),
+    Case("M08", "the model in the place of the update", "MODEL_MISMATCH", model_as_update),
     Case("M02", "agreement empty", "CONFIG_SYNTAX", spoilt("study.json", b"")),
     Case("M08", "model of another study", "MODEL_MISMATCH", model_of_another_study),
     Case("M08", "another model", "MODEL_DIVERGED", another_model),
@@ -1106,7 +1114,6 @@ AT_HOME = [
         one_file_for_another("model.safetensors", "update.safetensors"),
     ),
 ]
-KEPT = ("ledger.jsonl", "model.safetensors", "optimizers.safetensors", "keys")
 
 
 @pytest.mark.parametrize("case", AT_HOME, ids=lambda case: case.name)
