@@ -95,6 +95,7 @@ class Coordinator:
             )
             first = 1 + max([self.journal.last_round() - 1, *(m.applied for m in self.members.values())])
             losses = [self._loss(number) for number in range(1, first)]
+            self._renew_key(first)
             why, number = "failed", first - 1
             try:
                 for number in range(first, self.study.training.rounds + 1):
@@ -117,11 +118,8 @@ class Coordinator:
         self._call_roll()
         self._catch_up(number)
         if self.journal.certificate(number) is None:
-            under_way = self.journal.attempt_under_way()
-            if under_way is None and self.ceremony.due(number):
-                self.ceremony.renew(self.members, number)
-            self._bring_up(self._current_epoch())
-            self._collect(number, under_way or self._first_attempt(number))
+            self._renew_key(number)
+            self._collect(number, self.journal.attempt_under_way() or self._first_attempt(number))
         began = time.perf_counter()
         refused = self._broadcast(number, list(self.members))
         holders = sorted(name for name, member in self.members.items() if member.applied == number)
@@ -330,10 +328,17 @@ class Coordinator:
         row = self.journal.current_epoch()
         return row.number if row else 0
 
-    def _bring_up(self, number: int, names: list[str] | None = None) -> None:
+    def _renew_key(self, next_round: int) -> None:
+        """A new key epoch where one is due, never in the middle of a round; and everybody who is there uses it."""
+        if self.journal.attempt_under_way() is None and self.ceremony.due(next_round):
+            self.ceremony.renew(self.members, next_round)
+        current = self._current_epoch()
+        self._bring_up(current, [name for name, m in self.members.items() if m.applied == next_round - 1])
+
+    def _bring_up(self, number: int, names: list[str]) -> None:
         """Let hospitals use a key epoch that they do not have yet."""
         row = next((row for row in self.journal.epochs() if row.number == number), None)
-        behind = [n for n in names or self.members if self.members[n].epoch < number]
+        behind = [name for name in names if self.members[name].epoch < number]
         if row is None or not behind:
             return
         for name, answer in self.ceremony.bring_up(behind, row):

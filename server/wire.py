@@ -76,9 +76,11 @@ class Wire:
         while pending:
             now = time.monotonic()
             for key, state in list(pending.items()):
-                answer = self._answer(state, now) if now < deadline else NoAnswer("RUN_TIMEOUT")
-                if state.gone_since is not None and now - state.gone_since > away_seconds:
-                    answer = answer or NoAnswer("RUN_NODE")
+                answer = self._answer(state, now)
+                if answer is None and state.gone_since is not None and now - state.gone_since > away_seconds:
+                    answer = NoAnswer("RUN_NODE")
+                if answer is None and now > deadline:
+                    answer = NoAnswer("RUN_TIMEOUT")
                 if answer is not None:
                     del pending[key]
                     yield key, self._without_refusal(key, answer)

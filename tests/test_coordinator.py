@@ -58,17 +58,18 @@ def test_a_hospital_that_was_away_is_sent_what_it_missed(prepared):
     cohorts = {e["round"]: e["cohort"] for e in said if e["event"] == "round_aggregated"}
     assert "site-3" not in cohorts[1]
     assert "site-3" in cohorts[2]
-    assert [kind for node, kind in grid.sent if node == 3] == ["query", "query", "train.apply", "train", "train.apply"]
+    later = ["query", "train.apply", "train", "train.apply"]
+    assert [kind for node, kind in grid.sent if node == 3] == ["query", "train.key", "train.key", *later]
     assert len(hashes(prepared)) == 1
 
 
 def test_a_silent_hospital_is_left_out_after_the_timeout(prepared):
-    _, study = prepared
     grid = LocalGrid(prepared, silent=lambda node, kind: node == 2 and kind == "train")
     running = coordinator(prepared, grid)
-    running.study = study  # the study's own timeout is part of its hash; the loop's clock is what is shortened here
-    ask = running._ask
-    running._ask = lambda requests, kind, seconds=None: ask(requests, kind, 1.0 if kind == "train" else seconds)
+    ask = running.wire.ask  # the study's own timeout is part of its hash; the clock of this one wait is shortened
+    running.wire.ask = lambda requests, kind, **waits: ask(
+        requests, kind, **(waits | ({"seconds": 1.0} if kind == "train" else {}))
+    )
     running.run()
     missing = [e for e in events(prepared) if e["event"] == "site_missing"]
     assert {(e["site"], e["reason"]) for e in missing} == {("site-2", "RUN_TIMEOUT")}
@@ -79,7 +80,9 @@ def test_a_silent_hospital_is_left_out_after_the_timeout(prepared):
 def test_a_coordinator_that_is_started_again_goes_on_with_the_next_round(prepared):
     first = coordinator(prepared, LocalGrid(prepared))
     first._call_roll(wait=True)
+    first._renew_key(1)
     first.round(1)  # and then its process dies
+    first.journal.close()
     coordinator(prepared, LocalGrid(prepared)).run()
     rounds = [e["round"] for e in events(prepared) if e["event"] == "round_aggregated"]
     assert rounds == [1, 2]
@@ -89,7 +92,9 @@ def test_a_coordinator_that_is_started_again_goes_on_with_the_next_round(prepare
 def test_two_models_stop_the_run(prepared):
     first = coordinator(prepared, LocalGrid(prepared))
     first._call_roll(wait=True)
+    first._renew_key(1)
     first.round(1)
+    first.journal.close()
     homes = consortium.homes(*prepared)
     from fedmedgan.client import checkpoint
 
@@ -142,7 +147,8 @@ def test_no_exception_text_leaves_a_hospital(prepared, monkeypatch, where):
 
     monkeypatch.setattr(Hospital, where, explode)
     grid = LocalGrid(prepared)
-    roll = Envelope.seal(Roll(study=prepared[1].hash)).to_record()
+    key = load_signing_key(prepared[0] / server.KEY_FILE)
+    roll = Envelope.seal(Roll(study=prepared[1].hash, approvals=(), anchors=()), key).to_record()
     (number,) = grid.push_messages([Message(roll, dst_node_id=0, message_type="query")])
     (answer,) = grid.pull_messages([number])
     if answer.has_error():

@@ -15,24 +15,36 @@ from fedmedgan.shared.messages import (
     Applied,
     Certificate,
     Envelope,
+    EpochOpen,
+    EpochStart,
     Header,
+    KeyGrant,
+    KeyOffer,
+    KeyReady,
+    Leave,
     Present,
     Refusal,
     Roll,
     RoundOpen,
     Update,
+    join_parts,
     parse,
+    split_parts,
 )
 from fedmedgan.shared.secure_sum import keys
 
 IDENTITY = keys.generate_identity()
+COORDINATOR = keys.generate_identity().signing
+FROM_HOSPITALS = (Present, Leave, KeyOffer, KeyReady, Update, Applied, Refusal)
+FROM_THE_SERVER = (Roll, EpochOpen, KeyGrant, EpochStart, RoundOpen, Certificate)
 
 
 @pytest.fixture(scope="module")
 def study():
     base = tiny_study(3)
     site = base.sites[0].model_copy(update={"signing_key": IDENTITY.signing_public})
-    return base.model_copy(update={"sites": (site, *base.sites[1:])})
+    public = COORDINATOR.public_key().public_bytes_raw().hex()
+    return base.model_copy(update={"sites": (site, *base.sites[1:]), "coordinator_key": public})
 
 
 @pytest.fixture
@@ -42,16 +54,21 @@ def applied(study):
 
 def test_what_leaves_a_hospital_is_exactly_this():
     """Change this list only with the page that lists what leaves a hospital (docs/what-leaves.md)."""
-    fields = {m.__name__: sorted(set(m.model_fields) - {"v", "study"}) for m in (Present, Update, Applied, Refusal)}
+    fields = {m.__name__: sorted(set(m.model_fields) - {"v", "study"}) for m in FROM_HOSPITALS}
     assert fields == {
-        "Present": ["applied_round", "hospital", "key_id", "model_hash", "parameters"],
+        "Present": ["applied_round", "epoch", "hospital", "key_id", "model_hash", "parameters"],
+        "Leave": ["hospital"],
+        "KeyOffer": ["epoch", "hospital", "key_id", "members", "payload_bytes", "payload_sha256", "wrapped"],
+        "KeyReady": ["confirmation", "epoch", "hospital", "key_id"],
         "Update": [
-            *("attempt", "cohort", "generator_loss", "hospital", "key_id", "ledger_head", "ledger_seq"),
+            *("attempt", "cohort", "epoch", "generator_loss", "hospital", "key_id", "ledger_head", "ledger_seq"),
             *("model_hash", "payload_bytes", "payload_sha256", "round", "weight"),
         ],
         "Applied": ["hospital", "model_hash", "round"],
         "Refusal": ["code", "hospital"],
     }
+    assert all("hospital" in m.model_fields for m in FROM_HOSPITALS), "the signer is named"
+    assert not any("hospital" in m.model_fields for m in FROM_THE_SERVER), "else a hospital could sign it"
 
 
 def test_a_signed_message_survives_the_wire(study, applied):
@@ -61,7 +78,8 @@ def test_a_signed_message_survives_the_wire(study, applied):
 
 def test_a_large_payload_travels_in_parts(study):
     payload = bytes(range(256)) * (PART_BYTES // 128)
-    record = Envelope.seal(Roll(study=study.hash), payload=payload).to_record()
+    roll = Roll(study=study.hash, approvals=(), anchors=())
+    record = Envelope.seal(roll, COORDINATOR, payload).to_record()
     assert len(record["payload"]) == 2
     assert Envelope.from_record(record, len(payload)).payload == payload
     with pytest.raises(MessageError) as caught:
@@ -129,20 +147,48 @@ def test_a_payload_is_bound_by_length_and_hash(study):
         round=1,
         attempt=1,
         cohort=("site-0", "site-1", "site-2"),
+        epoch=1,
         key_id="0" * 32,
         updates=(),
         payload_bytes=len(payload),
         payload_sha256=hashlib.sha256(payload).hexdigest(),
     )
-    Envelope.seal(header, payload=payload).open(Certificate, study, signed=False)
+    Envelope.seal(header, COORDINATOR, payload).open(Certificate, study)
     for bad in (b"", payload[:-1], payload + b"x", b"ciphertexu"):
         with pytest.raises(MessageError) as caught:
-            Envelope.seal(header, payload=bad).open(Certificate, study, signed=False)
+            Envelope.seal(header, COORDINATOR, bad).open(Certificate, study)
         assert caught.value.code == "MSG_FORMAT"
 
 
-@settings(max_examples=200)
-@given(st.binary(max_size=120), st.sampled_from([Roll, Present, RoundOpen, Update, Certificate, Applied, Refusal]))
+def test_instructions_are_the_coordinators_alone(study):
+    """Whoever reaches Flower's control interface can start a run, but cannot make hospitals train."""
+    roll = Roll(study=study.hash, approvals=(), anchors=())
+    assert Envelope.seal(roll, COORDINATOR).open(Roll, study) == roll
+    for private in (IDENTITY.signing, keys.generate_identity().signing):
+        with pytest.raises(MessageError) as caught:
+            Envelope.seal(roll, private).open(Roll, study)
+        assert caught.value.code == "MSG_SIGNATURE"
+    nobody = study.model_copy(update={"coordinator_key": ""})
+    theirs = Roll(study=nobody.hash, approvals=(), anchors=())
+    with pytest.raises(MessageError):
+        Envelope.seal(theirs, COORDINATOR).open(Roll, nobody)
+
+
+def test_a_message_comes_back_from_its_file(study, applied):
+    sealed = Envelope.seal(applied, IDENTITY.signing, b"payload")
+    assert Envelope.from_bytes(sealed.to_bytes()) == sealed
+    for bad in (b"", b"x", sealed.to_bytes()[:-1], sealed.to_bytes() + b"x", join_parts([b"a", b"b"])):
+        with pytest.raises(MessageError):
+            Envelope.from_bytes(bad)
+
+
+@given(st.lists(st.binary(max_size=9), max_size=5))
+def test_parts_come_back(parts):
+    assert split_parts(join_parts(parts)) == parts
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=120), st.sampled_from([*FROM_HOSPITALS, *FROM_THE_SERVER]))
 def test_any_bytes_are_refused_with_a_typed_error(raw, model: type[Header]):
     with pytest.raises(MessageError):
         parse(raw, model)
