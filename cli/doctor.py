@@ -14,7 +14,6 @@ from rich.table import Table
 
 from fedmedgan.cli import output
 from fedmedgan.deploy.check import Check
-from fedmedgan.deploy.doctor import examine
 
 _COLOURS = {"ok": "green", "failed": "red", "skipped": "dim"}
 
@@ -24,6 +23,8 @@ def doctor(
     kit: Annotated[Path | None, typer.Option(help="Its start-up kit; the folder kit in the home by default.")] = None,
 ) -> None:
     """Look at everything that this hospital needs for a round. Changes nothing; exit code 2 if a check failed."""
+    from fedmedgan.deploy.doctor import examine  # brings Flower's client along, which other commands do without
+
     checks = examine(home, kit)
     failed = any(check.ok == "failed" for check in checks)
     data = {"healthy": not failed, "checks": [asdict(check) for check in checks]}

@@ -36,8 +36,9 @@ from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
+from fedmedgan.deploy import kits
 from fedmedgan.deploy.check import Place, Skip, check
-from fedmedgan.deploy.site_config import SiteConfig
+from fedmedgan.deploy.site_config import NAME, SiteConfig
 from fedmedgan.shared.errors import CryptoError, RunError
 
 SECONDS = 5.0
@@ -109,9 +110,12 @@ def _tls_error(error: ssl.SSLError, config: SiteConfig) -> RunError:
 
 @check("kit")
 def kit(place: Place) -> str:
-    config = place.config()
+    config, own = place.config(), place.policy().site
     _supernode_key(place)
-    return f"{config.site}, coordinator at {config.address}"
+    kits.require_unchanged(place.kit)
+    if config.site != own:
+        raise RunError("KIT_CONFIG", f"the kit is for {config.site!r}, this is {own!r}", NAME, hint=GET_KIT)
+    return f"{config.site}, coordinator at {config.address}; as it was made"
 
 
 @check("DNS")

@@ -30,7 +30,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+)
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -43,8 +49,9 @@ from typer.testing import CliRunner
 from fedmedgan.cli import doctor as command
 from fedmedgan.cli import output
 from fedmedgan.client import checkpoint, joining
-from fedmedgan.deploy import doctor, hospital_checks, network_checks
+from fedmedgan.deploy import certificates, doctor, hospital_checks, kit_config, kits, network_checks
 from fedmedgan.deploy.check import Check, Place, check
+from fedmedgan.deploy.kit_config import Consortium, Member
 from fedmedgan.deploy.site_config import SiteConfig
 from fedmedgan.shared.agreement import Identity, assemble, sign
 from fedmedgan.shared.errors import HINTS, RunError
@@ -68,10 +75,10 @@ class Authority:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path) -> Authority:
+    def make(cls, folder: Path, called: str = "authority") -> Authority:
         folder.mkdir(parents=True)
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"authority {folder.name}")])
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, called)])
         now = datetime.now(UTC)
         root = (
             x509.CertificateBuilder()
@@ -121,34 +128,46 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def make_kits(out: Path, host: str, port: int) -> Path:
+    """Kits of a consortium whose coordinator is there."""
+    hospitals = tuple(Member(name=f"site-{i}") for i in range(3))
+    where = kit_config.Coordinator(host=host, port=port, superlink_port=port)
+    kits.make(Consortium(name="tiny", coordinator=where, hospitals=hospitals), out)
+    return out
+
+
 @dataclass(frozen=True)
 class Coordinator:
-    authority: Authority
+    kits: Path
     port: int
     health_port: int
-    node_key: ec.EllipticCurvePrivateKey
-    """Registered."""
 
-    def fleet(self, key: ec.EllipticCurvePrivateKey) -> FleetHttpClient:
-        """What a SuperNode uses."""
-        trust = (self.authority.folder / "ca.crt").read_bytes()
-        signing = NodeAuthHttpInterceptor(key, key.public_key())
-        return FleetHttpClient.from_server_address(f"127.0.0.1:{self.port}", False, trust, [signing])
+    @property
+    def node_key(self) -> ec.EllipticCurvePrivateKey:
+        """The SuperNode's key in the kit of site-0; registered."""
+        key = load_ssh_private_key((self.kits / SITE / "supernode.key").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
+
+    def fleet(self) -> FleetHttpClient:
+        """What the SuperNode of site-0 uses."""
+        trust = (self.kits / SITE / "ca.crt").read_bytes()
+        signing = NodeAuthHttpInterceptor(self.node_key, self.node_key.public_key())
+        return FleetHttpClient.from_server_address(f"localhost:{self.port}", False, trust, [signing])
 
 
 @pytest.fixture(scope="session")
 def coordinator(tmp_path_factory) -> Iterator[Coordinator]:
-    """A SuperLink as the coordinator's kit starts it."""
+    """A SuperLink as the coordinator's kit starts it, with gRPC health service."""
     folder = tmp_path_factory.mktemp("superlink")
-    authority = Authority.make(folder / "authority")
-    certificate, key = authority.issue("server")
     port, health_port = free_port(), free_port()
+    made = Coordinator(make_kits(folder / "kits", "localhost", port), port, health_port)
     arguments = {
         "--host": "127.0.0.1",
         "--port": port,
-        "--ssl-ca-certfile": authority.folder / "ca.crt",
-        "--ssl-certfile": certificate,
-        "--ssl-keyfile": key,
+        "--ssl-ca-certfile": made.kits / "coordinator" / "ca.crt",
+        "--ssl-certfile": made.kits / "coordinator" / "server.crt",
+        "--ssl-keyfile": made.kits / "coordinator" / "server.key",
         "--database": folder / "state.db",
         "--health-server-address": f"127.0.0.1:{health_port}",
     }
@@ -163,16 +182,15 @@ def coordinator(tmp_path_factory) -> Iterator[Coordinator]:
         )
     try:
         wait_for(port, process, folder / "superlink.log")
-        node_key = ec.generate_private_key(ec.SECP384R1())
-        request = RegisterNodeRequest(public_key=public_key_to_bytes(node_key.public_key()))
-        trust = ssl.create_default_context(cafile=str(authority.folder / "ca.crt"))
+        request = RegisterNodeRequest(public_key=public_key_to_bytes(made.node_key.public_key()))
+        trust = ssl.create_default_context(cafile=made.kits / SITE / "ca.crt")
         connection = http.client.HTTPSConnection("localhost", port, context=trust)
         headers = {"Content-Type": network_checks.PROTOBUF_MEDIA_TYPE}
         connection.request("POST", "/v1/control/register-node", request.SerializeToString(), headers)
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         connection.close()
-        yield Coordinator(authority, port, health_port, node_key)
+        yield made
     finally:
         process.terminate()
         try:
@@ -248,33 +266,41 @@ def joined(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.fixture(scope="session")
+def closed(tmp_path_factory) -> Path:
+    """Kits that name a port where nobody listens."""
+    return make_kits(tmp_path_factory.mktemp("closed") / "kits", "127.0.0.1", free_port())
+
+
 @pytest.fixture
-def place(joined, tmp_path) -> Place:
-    """A copy of that home, with a kit that names a port where nobody listens."""
+def place(joined, closed, tmp_path) -> Place:
+    """A copy of that home, with a kit whose coordinator is not there."""
     shutil.copytree(joined, tmp_path / "home")
-    place = Place(tmp_path / "home", tmp_path / "home" / "kit")
-    place.kit.mkdir()
-    Authority.make(tmp_path / "authority")
-    shutil.copy(tmp_path / "authority" / "ca.crt", place.kit)
-    write_key(place.kit / "supernode.key", ec.generate_private_key(ec.SECP384R1()), PrivateFormat.OpenSSH)
-    return point(place, "127.0.0.1", free_port())
-
-
-def point(place: Place, host: str, port: int, **more: str | int) -> Place:
-    """The same hospital, and a kit that names that coordinator."""
-    values = {"site": SITE, "host": host, "port": port} | more
-    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
-    (place.kit / "site.toml").write_text(text)
-    return place
+    kits.copy(closed / SITE, tmp_path / "home" / "kit")
+    return Place(tmp_path / "home", tmp_path / "home" / "kit")
 
 
 @pytest.fixture
 def connected(place, coordinator) -> Place:
-    """With the kit that the coordinator made."""
-    shutil.copy(coordinator.authority.folder / "ca.crt", place.kit)
-    write_key(place.kit / "supernode.key", coordinator.node_key, PrivateFormat.OpenSSH)
-    health = {"health_host": "127.0.0.1", "health_port": coordinator.health_port}
-    return point(place, "localhost", coordinator.port, **health)
+    """With the kit of the coordinator that is."""
+    kits.copy(coordinator.kits / SITE, place.kit)
+    return place
+
+
+@pytest.fixture
+def authority(place, tmp_path) -> Authority:
+    """An authority that can issue anything, and that this hospital trusts."""
+    made = Authority.make(tmp_path / "authority")
+    shutil.copy(made.folder / "ca.crt", place.kit)
+    return made
+
+
+def point(place: Place, host: str, port: int, **more: str | int) -> Place:
+    """The same hospital, with a site.toml that names that coordinator."""
+    values = {"site": SITE, "host": host, "port": port} | more
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    (place.kit / "site.toml").write_text(text)
+    return place
 
 
 def failed(check: Check, code: str, hint: str = "") -> str:
@@ -318,8 +344,9 @@ def test_a_hospital_that_is_well(connected):
         "ledger": "ok",
         "budget": "ok",
     }, checks
-    assert "gRPC health service: SERVING" in checks["health"].what
-    assert checks["TLS certificate"].what == "trusted, for 364 days" and not checks["TLS certificate"].hint
+    assert checks["health"].what == "GET /health: 200"
+    assert checks["TLS certificate"].what == f"trusted, for {certificates.SERVER_DAYS - 1} days"
+    assert not any(check.hint for check in checks.values())
     assert "8 of 8 looked at can be used" in checks["data"].what
     assert "round 1 fits" in checks["budget"].what
     assert everything_in(connected.home) == before
@@ -358,7 +385,7 @@ def test_asking_for_the_key_does_not_disturb_the_supernode(connected, coordinato
     """Not before it starts, not while it runs."""
     public = public_key_to_bytes(coordinator.node_key.public_key())
     assert network_checks.registered(connected).ok == "ok"
-    with coordinator.fleet(coordinator.node_key) as supernode:
+    with coordinator.fleet() as supernode:
         # Flower refuses this where a node of that key is online already: so the doctor did not make it so.
         node_id = supernode.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30)).node_id
         assert network_checks.registered(connected).ok == "ok"
@@ -386,12 +413,10 @@ def test_the_superlink_takes_signatures_from_the_past_only(seconds, known, conne
         failed(found, "NET_KEY", "timedatectl")
 
 
-@pytest.mark.parametrize("name", ["authority", "another"])
+@pytest.mark.parametrize("name", ["fedmedgan consortium tiny", "another"])
 def test_the_wrong_authority(name, connected, tmp_path):
-    """Also where it calls itself by the same name."""
-    if name == "another":
-        Authority.make(tmp_path / name)
-    shutil.copy(tmp_path / name / "ca.crt", connected.kit)
+    """Also where it calls itself by the right name."""
+    shutil.copy(Authority.make(tmp_path / "other", name).folder / "ca.crt", connected.kit)
     for look in (network_checks.certificate, network_checks.clock, network_checks.registered):
         failed(look(connected), "NET_TLS")
 
@@ -412,22 +437,22 @@ def test_a_ca_file_that_is_none(connected):
     ],
     ids=["expired", "not yet", "another address"],
 )
-def test_a_certificate_that_is_not_valid(days, host, hint, place, tmp_path):
-    issued = Authority(tmp_path / "authority").issue("server", start=days[0], end=days[1])
+def test_a_certificate_that_is_not_valid(days, host, hint, place, authority):
+    issued = authority.issue("server", start=days[0], end=days[1])
     with https_server(issued, host=host) as port:
         failed(network_checks.certificate(point(place, host, port)), "NET_TLS", hint)
 
 
-def test_a_certificate_of_another_name(place, tmp_path, monkeypatch):
+def test_a_certificate_of_another_name(place, authority, monkeypatch):
     """No second name leads to this machine everywhere, so the name is looked up here."""
     known = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: known("127.0.0.1", *rest, **more))
-    with https_server(Authority(tmp_path / "authority").issue("server")) as port:
+    with https_server(authority.issue("server")) as port:
         failed(network_checks.certificate(point(place, "other.example", port)), "NET_TLS", "`host` of site.toml")
 
 
-def test_a_certificate_that_ends_soon_is_a_warning(place, tmp_path):
-    with https_server(Authority(tmp_path / "authority").issue("server", end=20)) as port:
+def test_a_certificate_that_ends_soon_is_a_warning(place, authority):
+    with https_server(authority.issue("server", end=20)) as port:
         found = network_checks.certificate(point(place, "127.0.0.1", port))
     assert (found.ok, found.what) == ("ok", "trusted, for 19 days")
     assert "renew" in found.hint
@@ -446,15 +471,16 @@ def test_a_closed_port_and_a_host_that_nobody_knows(place):
 
 
 def test_health_by_grpc_and_by_https(connected, coordinator):
-    assert network_checks.health(connected).what == "gRPC health service: SERVING"
-    assert network_checks.health(point(connected, "localhost", coordinator.port)).what == "GET /health: 200"
+    assert network_checks.health(connected).what == "GET /health: 200"
+    shown = point(connected, "localhost", coordinator.port, health_port=coordinator.health_port)
+    assert network_checks.health(shown).what == "gRPC health service: SERVING"
     closed = point(connected, "localhost", coordinator.port, health_port=free_port())
     assert "UNAVAILABLE" in failed(network_checks.health(closed), "NET_HEALTH")
 
 
 @pytest.mark.parametrize(("status", "ok"), [(404, "skipped"), (403, "skipped"), (502, "failed")])
-def test_health_behind_a_reverse_proxy(status, ok, place, tmp_path):
-    with https_server(Authority(tmp_path / "authority").issue("server"), status=status) as port:
+def test_health_behind_a_reverse_proxy(status, ok, place, authority):
+    with https_server(authority.issue("server"), status=status) as port:
         found = network_checks.health(point(place, "127.0.0.1", port))
         key = network_checks.registered(place)
     assert found.ok == ok and str(status) in found.what
@@ -464,9 +490,9 @@ def test_health_behind_a_reverse_proxy(status, ok, place, tmp_path):
 @pytest.mark.parametrize(
     ("date", "well"), [(0.0, True), (50.0, True), (70.0, False), (600.0, False), (-3.0, True), (-9.0, False)]
 )
-def test_a_clock_that_is_wrong(date, well, place, tmp_path):
+def test_a_clock_that_is_wrong(date, well, place, authority):
     """`date`: how far the coordinator's clock is before ours."""
-    with https_server(Authority(tmp_path / "authority").issue("server"), date=date) as port:
+    with https_server(authority.issue("server"), date=date) as port:
         found = network_checks.clock(point(place, "127.0.0.1", port))
     if well:
         assert found.ok == "ok", found
@@ -475,6 +501,15 @@ def test_a_clock_that_is_wrong(date, well, place, tmp_path):
 
 
 # ---- the kit
+
+
+def test_a_kit_that_was_altered_or_is_another_hospitals(place, closed):
+    assert network_checks.kit(place).ok == "ok"
+    with (place.kit / "compose.yaml").open("a") as file:
+        file.write("# hello\n")
+    assert "compose.yaml: changed" in failed(network_checks.kit(place), "KIT_CHANGED")
+    kits.copy(closed / "site-1", place.kit)
+    assert "site-1" in failed(network_checks.kit(place), "KIT_CONFIG", "kit")
 
 
 def test_a_supernode_key_that_others_may_read(place):
