@@ -31,9 +31,24 @@ def machine() -> dict[str, Any]:
 
 
 def write(
-    name: str, *, command: str, packages: tuple[str, ...], rows: list[dict], figures: dict, notes: list[str]
+    name: str,
+    *,
+    command: str,
+    packages: tuple[str, ...],
+    rows: list[dict],
+    figures: dict,
+    notes: list[str],
+    keep_other: str = "",
 ) -> Path:
-    """Write `results/<name>.json`; floats keep four significant digits."""
+    """Write `results/<name>.json`; floats keep four significant digits.
+
+    Args:
+        keep_other: a field of the rows. Rows with other values of it, their figures and their notes stay as they are in
+            the file, if they were measured on the same machine. Each row names its figure in "figure", each note
+            begins with the value of the field.
+    """
+    if keep_other:
+        rows, figures, notes = _merged(FOLDER / f"{name}.json", keep_other, rows, figures, notes)
     data = {
         "command": command,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
@@ -47,6 +62,21 @@ def write(
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def _merged(path: Path, field: str, rows: list[dict], figures: dict, notes: list[str]) -> tuple[list, dict, list]:
+    """New rows, figures and notes beside those of other parts of the same benchmark."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if old.get("machine") != machine():
+        return rows, figures, notes
+    new = tuple({row[field] for row in rows})
+    kept = [row for row in old["rows"] if row[field] not in new]
+    names = {row["figure"] for row in kept}
+    return (
+        kept + rows,
+        {name: value for name, value in old["figures"].items() if name in names} | figures,
+        [note for note in old["notes"] if not note.startswith(tuple(f"{value}:" for value in new))] + notes,
+    )
 
 
 def _rounded(value: Any) -> Any:
