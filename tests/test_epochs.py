@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PublicKey, Suite
@@ -112,10 +113,19 @@ def test_another_length():
             unwrap(MEMBER, blob, **ABOUT)
 
 
-def test_too_large_is_refused_before_it_is_decrypted():
-    large = seal_by_hand(EPOCH.mac_root + EPOCH.he_secret + bytes(32 * 1024))
-    with pytest.raises(CryptoError, match="KEY_UNWRAP"):
-        unwrap(MEMBER, large, **ABOUT)
+def test_too_large_is_refused_before_it_is_decrypted(monkeypatch):
+    decrypted: list[int] = []
+
+    class Recording:
+        def decrypt(self, blob, private, info):
+            decrypted.append(len(blob))
+            raise InvalidTag
+
+    monkeypatch.setattr(epochs, "_SUITE", Recording())
+    for blob in (bytes(epochs.MAX_BLOB_BYTES + 1), bytes(epochs.MAX_BLOB_BYTES)):
+        with pytest.raises(CryptoError, match="KEY_UNWRAP"):
+            unwrap(MEMBER, blob, **ABOUT)
+    assert decrypted == [epochs.MAX_BLOB_BYTES]
 
 
 def test_a_leader_that_sends_something_else():
