@@ -1,20 +1,9 @@
 """The four-phase cycle as one hospital sees it: phase 1 (`local_update`) and phases 3 and 4 (`apply_sum`).
 
-Everything that a hospital knows lies in its home folder, so a message can be answered by a new process each time:
+    reserve -> read -> train -> store the update -> charge -> seal -> store the message -> send -> (sum) -> model
 
-    policy.toml            its own rules                     client/policy.py
-    study.json             the agreement, signed by all     shared/agreement.py
-    noise.json             sigma for this site
-    keys/                  identity and key epochs           shared/secure_sum/keys.py
-    ledger.jsonl           what was spent, over all studies  shared/privacy/ledger.py
-    model.safetensors      the shared model and its round    client/checkpoint.py
-    optimizers.safetensors its own Adam states
-    update.safetensors     the update of the open round, until its sum was applied
-    attempt.json           for which cohort it was sealed last
-    outbox.msg             the sealed update as it was sent: sent again byte for byte
-    anchors.json           how long the others' ledgers were  client/anchors.py
-    rejected.json, rotation-allowed.json                      client/key_epochs.py
-    cache/, samples/, events.jsonl
+Each arrow is a place where the process may die (shared/crash.py). What was reserved is spent; what was stored is sent
+again byte for byte; nothing is trained twice for one reservation; a model is written once, whole, with its round.
 """
 
 from __future__ import annotations
@@ -23,36 +12,24 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rfc8785
-import torch
 
 from fedmedgan.client import anchors, checkpoint
-from fedmedgan.client.data.patients import PatientImages, load_patients
-from fedmedgan.client.gans import cdcgan
-from fedmedgan.client.joining import ATTEMPT, LEFT, NOISE, OUTBOX, keep
+from fedmedgan.client.home import Home
+from fedmedgan.client.joining import ATTEMPT, LEFT, OUTBOX, keep
 from fedmedgan.client.key_epochs import KeyEpochs
-from fedmedgan.client.policy import Policy
-from fedmedgan.client.release import pictures
-from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
-from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
+from fedmedgan.client.training.randomness import RandomSource
 from fedmedgan.shared import crash
-from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import (
     CryptoError,
-    DataError,
     FedMedGanError,
     MessageError,
     ModelError,
-    PrivacyError,
     RunError,
-    StudyError,
 )
-from fedmedgan.shared.eventlog import EventLog
 from fedmedgan.shared.messages import (
     MAX_LOSS,
     ROUND_FIELDS,
@@ -61,7 +38,6 @@ from fedmedgan.shared.messages import (
     Envelope,
     EpochOpen,
     EpochStart,
-    Header,
     KeyGrant,
     Leave,
     Present,
@@ -70,15 +46,11 @@ from fedmedgan.shared.messages import (
     Update,
     open_certificate,
 )
-from fedmedgan.shared.privacy.budget import Budget
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import History, Ledger
+from fedmedgan.shared.privacy.ledger import Ledger
 from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
-from fedmedgan.shared.secure_sum.quantize import plan_for
-
-SAMPLE_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -90,27 +62,8 @@ class _Attempt:
     cohort: tuple[str, ...] = ()
 
 
-class Hospital:
-    """One hospital, opened from its home folder.
-
-    Args:
-        insecure_seed: makes noise and sampling repeatable and worthless; only a simulation can pass it.
-    """
-
-    def __init__(self, home: Path, *, insecure_seed: int | None = None) -> None:
-        self.home, self.insecure_seed = home, insecure_seed
-        self.log = EventLog(home / "events.jsonl")
-        self.policy = Policy.load(home / "policy.toml")
-        self.keys = HospitalKeys.load(home / "keys")
-        self.agreement = Agreement.load(home / "study.json")
-        self.study = self.agreement.study
-        self.sigma = self._load_sigma()
-        self.site = self.study.site(self.policy.site)
-        self.index = self.study.index(self.site.name)
-        self.networks = cdcgan.build(self.study.images, self.study.gan)
-        self.model, self.applied_round, self.model_ledger = self._load_model()
-        self.model_hash = checkpoint.content_hash(self.model)
-        self.plan = plan_for(self.study, checkpoint.flatten(self.model).size)
+class Hospital(Home):
+    """One hospital, ready to answer."""
 
     # ---- who is there, and with which key
 
@@ -177,18 +130,6 @@ class Hospital:
             raise RunError("RUN_LEFT", "this hospital has left the study", self.site.name)
         self.agreement.require_all()
         self._ledger_history()
-
-    def _ledger_history(self) -> History:
-        """The verified ledger, which must reach at least to where it was when the model was written."""
-        path = self.home / "ledger.jsonl"
-        if self.model_ledger[0] and not path.exists():
-            raise PrivacyError("LEDGER_ROLLBACK", "the ledger is gone, and the model was trained under it", path.name)
-        history = read_ledger(path)
-        history.check_anchor(*self.model_ledger)
-        return history
-
-    def _signed(self, header: Header, payload: bytes = b"") -> Envelope:
-        return Envelope.seal(header, self.keys.signing, payload)
 
     # ---- phase 1: local gradients, encrypted
 
@@ -475,106 +416,3 @@ class Hospital:
                     "MSG_SENDER", "the sum holds an update that this hospital did not send", "Certificate"
                 )
         return updates
-
-    # ---- what the phases share
-
-    def load_patients(self) -> PatientImages:
-        """This hospital's images, checked against what it declared.
-
-        Raises:
-            DataError: DATA_*, among them DATA_TOO_FEW.
-            StudyError: CONFIG_DELTA, delta is not below one over the real number of patients.
-        """
-        began = time.perf_counter()
-        patients = load_patients(
-            Path(self.policy.data),
-            self.study.images,
-            pseudonym_key=self.keys.pseudonym_key,
-            cache=self.home / "cache" / "images.safetensors",
-        )
-        if patients.n_patients < self.site.patients:
-            raise DataError("DATA_TOO_FEW", f"fewer patients than the {self.site.patients} declared", self.site.name)
-        if self.study.privacy.delta * patients.n_patients >= 1:
-            raise StudyError("CONFIG_DELTA", "delta is not below one over the number of patients", self.site.name)
-        self.log.write("data_loaded", **patients.report.summary(), seconds=time.perf_counter() - began)
-        return patients
-
-    def draw_samples(self) -> None:
-        """A picture of the same latent points after each round: one row a class."""
-        columns, classes = SAMPLE_COLUMNS, len(self.study.images.classes)
-        fixed = torch.Generator().manual_seed(self.study.gan.init_seed)
-        latent = torch.randn(columns, self.study.gan.latent, generator=fixed).repeat(classes, 1)
-        labels = torch.arange(classes).repeat_interleave(columns)
-        with torch.no_grad():
-            images = self.networks[0].cpu()(latent, labels).numpy()
-        path = self.home / "samples" / f"round-{self.applied_round:04d}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(pictures.png(pictures.grid(images, columns)))
-
-    @property
-    def _model_file(self) -> Path:
-        return self.home / "model.safetensors"
-
-    @property
-    def _update_file(self) -> Path:
-        return self.home / "update.safetensors"
-
-    def _load_sigma(self) -> float:
-        try:
-            noise = json.loads((self.home / NOISE).read_text(encoding="utf-8"))
-            sigma, study = float(noise["noise_multiplier"]), noise["study"]
-        except (OSError, ValueError, KeyError, TypeError):
-            study, sigma = "", 0.0
-        if study != self.study.hash:
-            hint = "`fedmedgan study sign` works it out again"
-            raise StudyError("STUDY_HASH", "the noise was not worked out for this study", NOISE, hint=hint)
-        return sigma
-
-    def _load_model(self) -> tuple[checkpoint.Arrays, int, anchors.Anchor]:
-        """The shared model, its round, and the ledger as it was then; before round 1 the study's initial weights."""
-        if not self._model_file.exists():
-            return checkpoint.network_arrays(*self.networks), 0, (0, "")
-        arrays, notes = checkpoint.read(self._model_file)
-        if notes.get("study") != self.study.hash:
-            raise ModelError("MODEL_MISMATCH", "the model belongs to another study", self._model_file.name)
-        checkpoint.load_networks(arrays, *self.networks)
-        return arrays, int(notes["round"]), (int(notes["ledger_seq"]), str(notes["ledger_head"]))
-
-    def _budget(self, ledger: Ledger) -> Budget:
-        p = self.study.privacy
-        return Budget(
-            ledger,
-            study=self.study.hash,
-            delta=p.delta,
-            study_ceiling=p.epsilon,
-            total_ceiling=self.policy.max_epsilon,
-            accountants=ENFORCED,
-        )
-
-    def _binding(self, message: RoundOpen) -> dict[str, Any]:
-        """What a ciphertext, a MAC key and a mask are good for: one attempt, and no other."""
-        return {
-            "study_hash": self.study.hash,
-            "key_id": message.key_id,
-            "round": message.round,
-            "attempt": message.attempt,
-        }
-
-    def _mac_key(self, message: RoundOpen) -> bytes:
-        return proof.derive_mac_key(self.keys.mac_root, **self._binding(message))
-
-    def _random(self, round: int) -> RandomSource:
-        if self.insecure_seed is None:
-            return SystemRandom()
-        return InsecureRandom(self.insecure_seed * 1_000_003 + self.index * 10_007 + round)
-
-    def _rounding(self, round: int) -> np.random.Generator:
-        """Stochastic rounding works on an update that is already private; numpy's generator is good enough."""
-        seed = None if self.insecure_seed is None else [self.insecure_seed, self.index, round]
-        return np.random.default_rng(seed)
-
-    def _device(self) -> torch.device:
-        wanted = self.policy.device
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise RunError("RUN_DEVICE", "no CUDA device is available", "policy.toml: device")
-        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

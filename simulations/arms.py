@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from fedmedgan.client import checkpoint
-from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital
+from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.release import pictures

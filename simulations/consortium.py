@@ -13,7 +13,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmedgan.client import joining
-from fedmedgan.client.cycle import SAMPLE_COLUMNS, Hospital
+from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.release import pictures
 from fedmedgan.server.app import KEY_FILE
 from fedmedgan.shared.agreement import Agreement, Identity, assemble
