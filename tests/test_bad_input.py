@@ -344,6 +344,23 @@ def test_typed(case, sandbox, monkeypatch, capfd):
     assert len(progress) <= 1 and all(line.startswith("study ") for line in progress)
 
 
+def test_every_bad_dicom_file_through_the_command_line(sandbox, monkeypatch, capfd):
+    """D03 to D25, all in one folder of one patient: each file is listed with its code, and one line ends it."""
+    (sandbox / "data").mkdir()
+    files = {f"{n:02}.dcm": case for n, case in enumerate(test_dicom.CATALOGUE.values())}
+    for name, (build, _) in files.items():
+        (sandbox / "data" / name).write_bytes(build().replace(b"Nobody^Nora", b"ZZPHI^Nora "))
+    monkeypatch.setattr(sys, "argv", ["fedmedgan", "dataset", "check", "data"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    shown = capfd.readouterr()
+    assert ended.value.code == 2
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["error[DATA_EMPTY]"]
+    assert MARKER not in shown.out + shown.err
+    listed = dict(re.findall(r"(?m)^(\d\d\.dcm): .*\(([A-Z_]+)\)$", shown.out))
+    assert listed == {name: code for name, (_, code) in files.items()}
+
+
 # ---- MET: through the function that meets such bytes
 
 STUDY = tiny_study(3)
