@@ -128,6 +128,12 @@ def test_too_large_is_refused_before_it_is_decrypted(monkeypatch):
     assert decrypted == [epochs.MAX_BLOB_BYTES]
 
 
+def test_the_key_id_is_bound_beside_being_checked():
+    sealed_for_another = seal_by_hand(EPOCH.mac_root + EPOCH.he_secret, key_id=ANOTHER.key_id)
+    with pytest.raises(CryptoError, match="KEY_UNWRAP"):
+        unwrap(MEMBER, sealed_for_another, **ABOUT)
+
+
 def test_a_leader_that_sends_something_else():
     """It opens, because the leader sealed it so; what is inside is not the epoch of the key id."""
     assert unwrap(MEMBER, seal_by_hand(EPOCH.mac_root + EPOCH.he_secret), **ABOUT) == EPOCH
