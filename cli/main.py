@@ -13,7 +13,7 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY
 import click
 import typer
 
-from fedmedgan.cli import dataset, output, simulate, study
+from fedmedgan.cli import agreement, dataset, kit, output, server, simulate, site, study
 from fedmedgan.shared.errors import FedMedGanError, RunError
 
 app = typer.Typer(
@@ -23,7 +23,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+study.app.command()(agreement.assemble)
+study.app.command()(agreement.sign)
+study.app.command()(agreement.collect)
 app.add_typer(study.app, name="study")
+app.add_typer(kit.app, name="kit")
+app.add_typer(server.app, name="server")
+app.add_typer(site.app, name="site")
 app.add_typer(dataset.app, name="dataset")
 app.command("simulate")(simulate.simulate)
 
@@ -51,6 +57,8 @@ def run() -> None:
         hint = f"`{command} --help` shows what can be given"
         output.emit_error(RunError("RUN_USAGE", error.format_message().rstrip("."), command, hint))
         sys.exit(2)
+    except click.exceptions.Abort:  # Ctrl-C, or no answer to a question
+        sys.exit(1)
     except FedMedGanError as error:
         output.emit_error(error)
         sys.exit(2)

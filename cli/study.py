@@ -58,43 +58,44 @@ def show(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
 def check(path: Annotated[Path, typer.Argument(help="Study file.")]) -> None:
     """Validate a study, and print what it will cost: epsilon per site and round, bytes, time."""
     study = load(path)
-    cost = _cost(study)
+    found = cost(study)
+    output.emit({"hash": study.hash, **found}, lambda console: draw_cost(console, study, found))
 
-    def human(console: Console) -> None:
-        console.print(f"study {study.name}  hash {study.hash}", soft_wrap=True)
-        console.print(
-            f"unit: one patient with all images and labels; adjacency: add/remove; delta {study.privacy.delta:g};"
-            f" {study.training.rounds} rounds of {study.training.local_steps} private steps",
-            soft_wrap=True,
+
+def draw_cost(console: Console, study: Study, found: dict) -> None:
+    """What `cost` found, for people."""
+    console.print(f"study {study.name}  hash {study.hash}", soft_wrap=True)
+    console.print(
+        f"unit: one patient with all images and labels; adjacency: add/remove; delta {study.privacy.delta:g};"
+        f" {study.training.rounds} rounds of {study.training.local_steps} private steps",
+        soft_wrap=True,
+    )
+    table = Table("site", "patients", "weight", "rate q", "noise sigma", "epsilon, round 1", "epsilon, all")
+    for row in found["sites"]:
+        table.add_row(
+            row["name"],
+            str(row["patients"]),
+            str(row["weight"]),
+            f"{row['sampling_rate']:.4f}",
+            f"{row['noise_multiplier']:.3f}",
+            f"{row['epsilon_by_round'][0]:.2f}",
+            f"{row['epsilon_by_round'][-1]:.2f} of {study.privacy.epsilon:g}",
         )
-        table = Table("site", "patients", "weight", "rate q", "noise sigma", "epsilon, round 1", "epsilon, all")
-        for row in cost["sites"]:
-            table.add_row(
-                row["name"],
-                str(row["patients"]),
-                str(row["weight"]),
-                f"{row['sampling_rate']:.4f}",
-                f"{row['noise_multiplier']:.3f}",
-                f"{row['epsilon_by_round'][0]:.2f}",
-                f"{row['epsilon_by_round'][-1]:.2f} of {study.privacy.epsilon:g}",
-            )
-        console.print(table)
-        if "parameters" not in cost:
-            console.print("bytes and time need the networks: pip install 'fedmedgan[hospital]'")
-            return
-        up, down, plain = (cost[f"bytes_{way}"] / 1e6 for way in ("up", "down", "float32"))
-        console.print(
-            f"model: {cost['parameters']:,} parameters; a round sends {up:.2f} MB up and {down:.2f} MB down per"
-            f" hospital (plaintext float32: {plain:.2f} MB each way)",
-            soft_wrap=True,
-        )
-        minutes = cost["seconds_training"] / 60
-        console.print(f"training: about {minutes:.1f} minutes per hospital on one core of this machine", soft_wrap=True)
-
-    output.emit({"hash": study.hash, **cost}, human)
+    console.print(table)
+    if "parameters" not in found:
+        console.print("bytes and time need the networks: pip install 'fedmedgan[hospital]'")
+        return
+    up, down, plain = (found[f"bytes_{way}"] / 1e6 for way in ("up", "down", "float32"))
+    console.print(
+        f"model: {found['parameters']:,} parameters; a round sends {up:.2f} MB up and {down:.2f} MB down per"
+        f" hospital (plaintext float32: {plain:.2f} MB each way)",
+        soft_wrap=True,
+    )
+    minutes = found["seconds_training"] / 60
+    console.print(f"training: about {minutes:.1f} minutes per hospital on one core of this machine", soft_wrap=True)
 
 
-def _cost(study: Study) -> dict:
+def cost(study: Study) -> dict:
     """Privacy by the accountant; bytes and time by the networks, where they are installed."""
     last = study.training.rounds
     rounds = sorted({1 + i * (last - 1) // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)})
