@@ -22,6 +22,7 @@ class LocalGrid:
         homes: node -> home folder of the hospital behind it.
         absent: is the node offline at that poll?
         silent: does the node never answer such a message?
+        insecure_seed: as `fedmedgan simulate --insecure-seed`: repeatable and worthless noise.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class LocalGrid:
         *,
         absent: Callable[[int, int], bool] = lambda node, polls: False,
         silent: Callable[[int, str], bool] = lambda node, kind: False,
+        insecure_seed: int | None = None,
     ) -> None:
         for name in ("_run_id", "_node_id", "_task_id"):  # what a Message wants to know of the process that makes it
             setattr(TaskIdentity, name, 1)
         self.homes = dict(enumerate(homes))
         self.absent, self.silent = absent, silent
-        self.app = client.make_app(lambda context: self.homes[context.node_id])
+        self.app = client.make_app(lambda context: self.homes[context.node_id], insecure_seed=insecure_seed)
         self.polls = 0
         self.answers: dict[str, Message] = {}
         self.sent: list[tuple[int, str]] = []
