@@ -1,7 +1,8 @@
 """A hospital's state on its own disk: both networks, its Adam states, and the update that it is about to send.
 
 safetensors only, so nothing that is loaded can run code; written to a temporary file, flushed to the disk and renamed,
-so a file is either the old one or the new one; checked by hash when read, because a flipped byte loads silently.
+so a file is either the old one or the new one; checked by hash when read, because a flipped byte loads silently. The
+hash is over the whole file, notes and spaces of the header included, with zeros where the hash itself stands.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from fedmedgan.shared.errors import ModelError, RunError
 
 Arrays = dict[str, np.ndarray]
+_NO_HASH = "0" * 64
 T = TypeVar("T")
 
 
@@ -40,15 +42,16 @@ def content_hash(arrays: Mapping[str, np.ndarray]) -> str:
 def write(path: Path, arrays: Mapping[str, np.ndarray], **notes: str | int) -> str:
     """Write arrays and notes so that they survive a crash at any point. Returns the content hash of the arrays."""
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
-    digest, text = content_hash(contiguous), json.dumps(notes, sort_keys=True)
-    metadata = {"sha256": _with_notes(digest, text), "notes": text}
-    write_bytes(path, safetensors_save(contiguous, metadata=metadata))
-    return digest
+    metadata = {"sha256": _NO_HASH, "notes": json.dumps(notes, sort_keys=True)}
+    unsealed = safetensors_save(contiguous, metadata=metadata)
+    digest = hashlib.sha256(unsealed).hexdigest()
+    write_bytes(path, unsealed.replace(_hash_field(_NO_HASH), _hash_field(digest), 1))
+    return content_hash(contiguous)
 
 
-def _with_notes(digest: str, notes: str) -> str:
-    """SHA-256 over the content hash and the notes: a flipped digit of a round number is no other round."""
-    return hashlib.sha256(f"{digest} {notes}".encode()).hexdigest()
+def _hash_field(digest: str) -> bytes:
+    """The hash as it stands in the header; notes are JSON within JSON and quote otherwise, so nothing else looks so."""
+    return f'"sha256":"{digest}"'.encode()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -83,18 +86,17 @@ def read(path: Path) -> tuple[Arrays, dict[str, str | int]]:
     """Arrays and notes of a file that `write` made.
 
     Raises:
-        ModelError: MODEL_HASH, the file is missing, cut, or any bit of its arrays or notes differs.
+        ModelError: MODEL_HASH, the file is missing, cut, or any bit of it differs.
     """
     try:
         raw = path.read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        stored, text = header["__metadata__"]["sha256"], header["__metadata__"]["notes"]
-        arrays = safetensors_load(raw)
-        digest = _with_notes(content_hash(arrays), text)
-        notes = json.loads(text)
+        metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        stored = str(metadata["sha256"])
+        unsealed = raw.replace(_hash_field(stored), _hash_field(_NO_HASH), 1)
+        arrays, notes = safetensors_load(raw), json.loads(metadata["notes"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         raise ModelError("MODEL_HASH", "the checkpoint is missing or damaged", path.name) from None
-    if digest != stored or not isinstance(notes, dict):
+    if hashlib.sha256(unsealed).hexdigest() != stored or not isinstance(notes, dict):
         raise ModelError("MODEL_HASH", "the checkpoint's content differs from its hash", path.name)
     return arrays, notes
 

@@ -61,7 +61,7 @@ class Identity(BaseModel):
         """
         try:
             identity = cls.model_validate_json(_read(path))
-            keys.verify(identity.signing_key, bytes.fromhex(identity.signature), identity._to_sign(), "identity")
+            keys.verify_hex(identity.signing_key, identity.signature, identity._to_sign(), "identity")
         except (ValidationError, ValueError, MessageError):
             hint = "ask the party to send the file again that `site init` or `server init` wrote"
             what = "this is not an identity, or not signed by its own key"
@@ -138,7 +138,7 @@ class Agreement:
         """
         try:
             public = self.study.site(site).signing_key
-            keys.verify(public, bytes.fromhex(signature), self.study.hash.encode(), PURPOSE)
+            keys.verify_hex(public, signature, self.study.hash.encode(), PURPOSE)
         except (FedMedGanError, ValueError, TypeError):
             what = "a signature is not of a hospital of this study, under just this study"
             raise StudyError("STUDY_SIGNATURE", what, str(site)[:40]) from None

@@ -40,6 +40,7 @@ from fedmedgan.shared.study import SiteName, Study
 
 PART_BYTES = 4 << 20
 """A payload travels as parts of 4 MiB: one large blob blocks Flower's database and dies on a slow link."""
+_DTYPE, _STYPE = "bytes", "fedmedgan.v1"
 MAX_HEADER_BYTES = 1 << 20
 MAX_LOSS = 1e6
 
@@ -267,13 +268,13 @@ class Envelope(BaseModel):
         if self.payload:
             parts = [self.payload[i : i + PART_BYTES] for i in range(0, len(self.payload), PART_BYTES)]
             record["payload"] = ArrayRecord(
-                {f"{i:06d}": Array("bytes", (len(p),), "fedmedgan.v1", p) for i, p in enumerate(parts)}
+                {f"{i:06d}": Array(_DTYPE, (len(p),), _STYPE, p) for i, p in enumerate(parts)}
             )
         return record
 
     @classmethod
     def from_record(cls, record: RecordDict, max_payload: int) -> Self:
-        """As it arrived. Sizes are checked before anything is joined.
+        """As it arrived, in just the form that `to_record` gives it. Sizes are checked before anything is joined.
 
         Raises:
             MessageError: MSG_FORMAT or MSG_TOO_LARGE.
@@ -288,6 +289,12 @@ class Envelope(BaseModel):
         parts = [arrays[name].data for name in sorted(arrays)]
         if len(header) > MAX_HEADER_BYTES or sum(map(len, parts)) > max_payload:
             raise MessageError("MSG_TOO_LARGE", "header or payload is larger than the study allows", "envelope")
+        known = set(record) == ({"envelope", "payload"} if arrays else {"envelope"})
+        if not known or any(
+            (name, array.dtype, tuple(array.shape), array.stype) != (f"{i:06d}", _DTYPE, (len(array.data),), _STYPE)
+            for i, (name, array) in enumerate(sorted(arrays.items()))
+        ):
+            raise MessageError("MSG_FORMAT", "the record holds something else, or parts of another form", "envelope")
         return cls(kind=kind, header=header, signature=signature, payload=b"".join(parts))
 
     def open(self, model: type[H], study: Study) -> H:
@@ -340,11 +347,7 @@ def open_signed(model: type[H], raw: bytes, signature: str, study: Study) -> H:
         if name not in {site.name for site in study.sites}:
             raise MessageError("MSG_SENDER", "the sender is not in the roster", model.__name__)
         public = study.site(name).signing_key
-    try:
-        binary = bytes.fromhex(signature)
-    except ValueError:
-        binary = b""
-    keys.verify(public, binary, raw, model.__name__)
+    keys.verify_hex(public, signature, raw, model.__name__)
     return header
 
 

@@ -19,11 +19,11 @@ from types import ModuleType
 
 sys.path[0] = str(Path(__file__).parents[1])  # so that nothing in this folder hides a library of the same name
 
-from _results import write
-from rich.console import Console
-from rich.table import Table
+from _results import write  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
-from faults.figures import Figure
+from faults.figures import Figure  # noqa: E402
 
 PACKAGES = ("cryptography", "flwr", "numpy", "pydantic", "rfc8785", "safetensors", "tenseal")
 
@@ -77,8 +77,12 @@ def show(group: str, figures: list[Figure], seconds: float) -> None:
         table.add_column(column, justify=side)
     for figure in figures:
         words = {True: "holds", False: "[red]DOES NOT HOLD[/red]", None: ""}
-        table.add_row(figure.name, f"{figure.measured:,.4g}" if isinstance(figure.measured, float)
-                      else f"{figure.measured:,}", figure.threshold, words[figure.holds])
+        table.add_row(
+            figure.name,
+            f"{figure.measured:,.4g}" if isinstance(figure.measured, float) else f"{figure.measured:,}",
+            figure.threshold,
+            words[figure.holds],
+        )
     Console().print(table)
 
 

@@ -106,7 +106,10 @@ class Cohort:
 
     def signed_update(self, site: int, blobs: Sequence[bytes], opened: RoundOpen) -> Envelope:
         """Any ciphertexts, framed and signed by a hospital."""
-        return self.signed_payload(site, cipher.frame(blobs, kind="update", **self.binding(opened)), opened)
+        return self.signed_payload(site, self.update_payload(blobs, opened), opened)
+
+    def update_payload(self, blobs: Sequence[bytes], opened: RoundOpen) -> bytes:
+        return cipher.frame(blobs, kind="update", **self.binding(opened))
 
     def signed_payload(self, site: int, payload: bytes, opened: RoundOpen) -> Envelope:
         """Any bytes in place of ciphertexts, signed by a hospital."""
@@ -145,6 +148,10 @@ class Cohort:
     def sum_payload(self, blobs: Sequence[bytes], opened: RoundOpen) -> bytes:
         return cipher.frame(blobs, kind="sum", **self.binding(opened))
 
+    def blobs(self, payload: bytes, kind: cipher.Kind, opened: RoundOpen) -> list[bytes]:
+        """The ciphertexts of a payload."""
+        return cipher.unframe(payload, kind=kind, n_blobs=self.n_blobs, **self.binding(opened))
+
     # ---- a hospital, phase 3
 
     def open_sum(self, envelope: Envelope) -> Slots:
@@ -158,9 +165,7 @@ class Cohort:
         weights = {self.study.index(name): update.weight for name, update in updates.items()}
         blobs = cipher.unframe(envelope.payload, kind="sum", n_blobs=self.n_blobs, **self.binding(certificate))
         total = self.cipher.decrypt(blobs, self.n_slots)
-        slots = proof.open_sum(
-            total, n_sites=len(self.names), weights=weights, mac_key=self._mac_key(certificate)
-        )
+        slots = proof.open_sum(total, n_sites=len(self.names), weights=weights, mac_key=self._mac_key(certificate))
         return self.plan.unpack(slots, sum(weights.values()))
 
     # ---- what they share

@@ -25,10 +25,10 @@ from fedmedgan.shared.study import MAX_SITES
 NAME = "crypto"
 NOTES = [
     "R11: 32 sums of 312,500 values, 3 to 100 hospitals, 4 to 16 bits, with masks and proof; one of 100 hospitals.",
-    "R11_first_wrong_repeats: one ciphertext added to itself, the worst noise a server can make by adding, without the"
-    " limit of 100; the smallest of all ciphertexts tried. docs/decisions/0002 promises 381.",
-    "R11_noise_budget_bits: SEAL's own measure; with each bit the noise could double once more. The design's 10 bits were"
-    " for noise without a bound; here it has one (docs/decisions/0002), so that 1 bit is as exact as 10.",
+    "R11_first_wrong_repeats: one ciphertext added to itself more than the 100 times that are allowed, the worst noise",
+    "R11_first_wrong_repeats: that adding can make; the smallest of all tried. docs/decisions/0002 promises 381.",
+    "R11_noise_budget_bits: by SEAL's measure; for each bit noise could double once more. The 10 bits of the design are",
+    "R11_noise_budget_bits: not kept: they were for noise without a bound. Here it has one (docs/decisions/0002).",
     "R12: each kind 50 times with masks and 50 times without. R12_honest_refused are honest sums between them.",
 ]
 

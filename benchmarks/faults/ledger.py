@@ -134,7 +134,7 @@ def change_bytes(size: float, path: Path) -> list[Figure]:
     flipped = (_flip(raw, place) for place in places)
     prefixes = [raw[:cut] for cut in chance.sample(range(len(raw)), at_least(size, len(raw)))]
     older = [history for prefix in prefixes if (history := _taken(path, prefix)) is not None]
-    unnoticed = sum(not _is_older(history, whole) for history in older)
+    unnoticed = sum(not is_older(history, whole) for history in older)
     edits = list(_edits(raw))
     edits = chance.sample(edits, at_least(size, len(edits)))
     return [
@@ -175,7 +175,7 @@ def _taken(path: Path, data: bytes) -> History | None:
         return None
 
 
-def _is_older(history: History, whole: History) -> bool:
+def is_older(history: History, whole: History) -> bool:
     """Whether this is an honest beginning of the whole ledger, and shorter."""
     if history.seq >= whole.seq:
         return False

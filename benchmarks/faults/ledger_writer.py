@@ -1,6 +1,6 @@
 """The process that R1 kills: writes a ledger, and says over its standard output which calls have returned.
 
-    python ledger_writer.py LEDGER
+python ledger_writer.py LEDGER
 """
 
 from __future__ import annotations

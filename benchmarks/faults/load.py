@@ -1,7 +1,7 @@
 """R9: 32 hospitals of 100,000 values on one server. R10: 10 million values, and payloads over the cap.
 
-Hospitals and server are separate processes here, and the server is the real one: the same messages, `RoundSum`, and SEAL
-in its worker. Its memory is that of its process and of its worker together, each at its own peak.
+Hospitals and server are separate processes here, and the server is the real one: the same messages, `RoundSum`, and
+SEAL in its worker. Its memory is that of its process and of its worker together, each at its own peak.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fedmedgan.shared.secure_sum import cipher
 NAME = "load"
 NOTES = [
     "R9: hospitals one after the other on one core, then the server, then every hospital opens the sum.",
-    "R10: 4 hospitals of 10M values at 8 bits. The design's 221 MB were for unpacked ciphertexts; 442 MB is twice that."
-    " R10_rss_over_payload compares with the packed and seeded 20 MB that really arrive, and is above 2: the server holds"
-    " the update, its ciphertexts expanded to twice the size, and the sum.",
+    "R10: 4 hospitals of 10M values at 8 bits. The design reckoned with an update of 221 MB; 442 MB is twice that.",
+    "R10_rss_over_payload: beside the packed and seeded 20 MB that really arrive. More than 2: the server holds",
+    "R10_rss_over_payload: the update, its ciphertexts expanded to twice their size, the sum, and SEAL's pools.",
 ]
 MANY, MANY_VALUES = 32, 100_000
 FEW, LARGE_VALUES = 4, 10_000_000

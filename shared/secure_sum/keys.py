@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -366,6 +367,19 @@ def verify(public: str, signature: bytes, message: bytes, purpose: str) -> None:
         key.verify(signature, _to_sign(message, purpose))
     except (InvalidSignature, ValueError):
         raise MessageError("MSG_SIGNATURE", "the signature is not valid") from None
+
+
+def verify_hex(public: str, signature: str, message: bytes, purpose: str) -> None:
+    """Check a signature of 128 lower-case hex digits, the one form that it is written in.
+
+    `bytes.fromhex` also takes capitals and spaces: one signature in many spellings, each with another hash.
+
+    Raises:
+        MessageError: MSG_SIGNATURE.
+    """
+    if re.fullmatch("[0-9a-f]{128}", signature) is None:
+        raise MessageError("MSG_SIGNATURE", "the signature is not 128 hex digits")
+    verify(public, bytes.fromhex(signature), message, purpose)
 
 
 def _to_sign(message: bytes, purpose: str) -> bytes:
