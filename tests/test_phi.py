@@ -60,7 +60,8 @@ def test_nothing_of_a_header_is_written_sent_or_printed_in_a_whole_study(data, t
 
 def test_nothing_of_a_header_is_shown_of_broken_files(data, tmp_path):
     folders, planted = data
-    traces = phi.dataset_checks(folders, tmp_path / "broken", SOME_TAGS)
+    phi.write_broken(tmp_path / "broken", next(phi.files_of(folders["site-0"])), SOME_TAGS)
+    traces = phi.dataset_checks({"site-0": tmp_path / "broken"}, ("human",))
     shown = b"".join(trace.data for trace in traces)
     for code in (b"DICOM_TRUNCATED", b"DICOM_RESCALE", b"DATA_UNSAFE_PATH", b"DICOM_MODALITY", b"DICOM_BURNED_IN"):
         assert code in shown
@@ -68,13 +69,13 @@ def test_nothing_of_a_header_is_shown_of_broken_files(data, tmp_path):
 
 
 def test_a_value_that_leaks_is_found(data, tmp_path, monkeypatch):
-    """A decoder that puts the patient's name into its reason: the hospital's cache would keep it."""
+    """A decoder that puts the Patient ID into its reason: the hospital's cache would keep it."""
     folders, planted = data
     examine = worker.examine
 
     def leaking(path: str, task: worker.Task) -> worker.Answer:
         answer = examine(path, task)
-        answer.reason = str(pydicom.dcmread(path).PatientName)
+        answer.reason = str(pydicom.dcmread(path).PatientID)
         return answer
 
     monkeypatch.setattr(patients, "WorkerPool", InProcess)

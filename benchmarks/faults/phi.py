@@ -61,7 +61,8 @@ def measure(size: float) -> list[Figure]:
         tags = dictionary_tags()[:: max(1, round(1 / min(1.0, size)))]
         data, planted = write_data(folder / f"{NAMED}-archive", tags)
         traces = in_process(folder / "run", data) + refused(folder / "refused", data)
-        traces += dataset_checks(data, folder / f"{NAMED}-broken", tags)
+        write_broken(folder / f"{NAMED}-broken", next(files_of(data["site-0"])), tags)
+        traces += dataset_checks({"good": data["site-0"], "broken": folder / f"{NAMED}-broken"})
         if size >= 1:
             traces += simulated(folder, data)
         return figures(planted, sum(1 for path in files_of(*data.values())), traces)
@@ -248,15 +249,13 @@ def _coordinate(run_folder: Path, grid: Listening) -> None:
     Coordinator(grid, agreement, load_signing_key(run_folder / KEY_FILE), run_folder).run()
 
 
-def dataset_checks(data: dict[str, Path], broken: Path, tags: list[tuple[int, str]]) -> list[Trace]:
-    """What `dataset check` prints, on good files and on broken ones. It lists file names: that is what it is for."""
-    write_broken(broken, next(files_of(data["site-0"])), tags)
-    traces = []
-    for folder in (data["site-0"], broken):
-        for form in ("human", "json"):
-            shown = _command("--format", form, "dataset", "check", str(folder))
-            traces.append(Trace(f"dataset check {folder.name}, {form}", shown, at_home=True))
-    return traces
+def dataset_checks(folders: dict[str, Path], forms: Iterable[str] = ("human", "json")) -> list[Trace]:
+    """What `dataset check` prints. It lists file names: that is what it is for."""
+    return [
+        Trace(f"dataset check, {name}, {form}", _command("--format", form, "dataset", "check", str(path)), at_home=True)
+        for name, path in folders.items()
+        for form in forms
+    ]
 
 
 def simulated(folder: Path, data: dict[str, Path]) -> list[Trace]:
