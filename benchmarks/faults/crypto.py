@@ -27,8 +27,8 @@ NOTES = [
     "R11: 32 sums of 312,500 values, 3 to 100 hospitals, 4 to 16 bits, with masks and proof; one of 100 hospitals.",
     "R11_first_wrong_repeats: one ciphertext added to itself more than the 100 times that are allowed, the worst noise",
     "R11_first_wrong_repeats: that adding can make; the smallest of all tried. docs/decisions/0002 promises 381.",
-    "R11_noise_budget_bits: by SEAL's measure; for each bit noise could double once more. The 10 bits of the design are",
-    "R11_noise_budget_bits: not kept: they were for noise without a bound. Here it has one (docs/decisions/0002).",
+    "R11_noise_budget_bits: by SEAL's measure; for each bit noise could double once more. The design has 10 bits:",
+    "R11_noise_budget_bits: not kept. They were for noise without a bound. Here it has one (docs/decisions/0002).",
     "R12: each kind 50 times with masks and 50 times without. R12_honest_refused are honest sums between them.",
 ]
 
