@@ -129,7 +129,7 @@ class WorkerSum:
             elif answer == kind and len(parts) == expected:
                 return parts
             else:
-                raise ValueError("not an answer to what was asked")
+                raise ValueError("it answers what was not asked")
         except (OSError, EOFError, ValueError) as problem:
             self.close()
             why = f"exit code {process.returncode}" if isinstance(problem, OSError | EOFError) else str(problem)
@@ -141,9 +141,12 @@ class WorkerSum:
 
 def _error(parts: list[bytes]) -> CryptoError:
     """The child's CryptoError. Raises ValueError where it is none."""
-    code, what = (part.decode() for part in parts)
+    try:
+        code, what = (part.decode() for part in parts)
+    except ValueError:
+        code = what = ""
     if code not in HINTS or not code.startswith(("HE_", "ROUND_")):
-        raise ValueError("not an error of the sum")
+        raise ValueError("its error is none of the sum's")
     return CryptoError(code, what[:200])
 
 
@@ -159,12 +162,12 @@ def _receive(pipe: IO[bytes], most: int, longest: int) -> tuple[bytes, list[byte
     """One message. Raises EOFError, the other side is gone; ValueError, it is larger than allowed."""
     kind, count = _COUNT.unpack(_exactly(pipe, _COUNT.size))
     if count > most:
-        raise ValueError("a message has too many parts")
+        raise ValueError("its message has too many parts")
     parts = []
     for _ in range(count):
         (length,) = _LENGTH.unpack(_exactly(pipe, _LENGTH.size))
         if length > longest:
-            raise ValueError("a part of a message is too long")
+            raise ValueError("a part of its message is too long")
         parts.append(_exactly(pipe, length))
     return kind, parts
 

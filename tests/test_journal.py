@@ -454,10 +454,14 @@ def test_a_key_epoch(tmp_path):
         assert journal.newest_number() == 3
 
 
-def test_wrapped_keys_leave_the_disk_when_the_epoch_is_sealed(journal, tmp_path):
+def test_wrapped_keys_leave_the_disk_with_the_sealed_epoch(journal, tmp_path):
     marker = os.urandom(64)
+
+    def on_disk() -> list[str]:
+        return [path.name for path in tmp_path.glob("journal.db*") if marker in path.read_bytes()]
+
     journal.store_offer(1, "ham", signed("offer"), {"ham": marker * 1000})
-    on_disk = lambda: [p.name for p in tmp_path.glob("journal.db*") if marker in p.read_bytes()]  # noqa: E731
+    journal.note_ready(1, "ham", signed("ready"))
     assert on_disk()
     journal.seal_epoch(1, "ab" * 16, SITES, 1)
     assert journal.blob(1, "ham") is None

@@ -146,9 +146,12 @@ def test_nonsense_from_the_process_is_not_believed(monkeypatch, uploads, nonsens
     program = f"import sys; sys.stdout.buffer.write({nonsense!r}); sys.stdout.flush(); sys.stdin.buffer.read()"
     if len(nonsense) < 5:
         program = f"import sys; sys.stdout.buffer.write({nonsense!r})"
-    monkeypatch.setattr(worker, "_PROGRAM", ("-c", program))
-    with WorkerSum(N) as total:
-        assert refused(total.add, uploads[0]).code == "HE_WORKER"
+    monkeypatch.setattr(worker, "_PROGRAM", ("-IS", "-c", program))
+    with WorkerSum(N, seconds=10) as total:
+        error = refused(total.add, uploads[0])
+        assert error.code == "HE_WORKER"
+        assert ("exit code 0" in error.what) == (len(nonsense) < 5)  # it was ended for what it said, or had ended
+        assert "exit code -9" not in error.what  # but not for taking too long
         assert total.pid is None
 
 
