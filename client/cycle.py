@@ -60,6 +60,7 @@ class _Attempt:
     round: int = 0
     attempt: int = 0
     cohort: tuple[str, ...] = ()
+    epoch: int = 0
 
 
 class Hospital(Home):
@@ -273,22 +274,28 @@ class Hospital(Home):
     def _remember_attempt(self, opened: RoundOpen) -> None:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.
 
+        Under a later key it may be the same cohort: its sum says no more than the rejected one did.
+
         Raises:
             MessageError: MSG_REPLAY. RunError: RUN_STATE.
         """
-        attempt, cohort = self._last_attempt(opened.round)
-        again = opened.attempt == attempt and set(opened.cohort) == cohort
-        smaller = opened.attempt > attempt and (not cohort or set(opened.cohort) < cohort)
-        if not (again or smaller):
+        attempt, cohort, epoch = self._last_attempt(opened.round)
+        same = set(opened.cohort) == cohort
+        again = opened.attempt == attempt and same and opened.epoch == epoch
+        smaller = not cohort or set(opened.cohort) < cohort or (same and opened.epoch > epoch)
+        if not (again or (opened.attempt > attempt and smaller)):
             raise MessageError("MSG_REPLAY", "this round was already sealed for another cohort", "RoundOpen")
-        latest = _Attempt(opened.round, opened.attempt, tuple(sorted(opened.cohort)))
+        latest = _Attempt(opened.round, opened.attempt, tuple(sorted(opened.cohort)), opened.epoch)
         checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(asdict(latest)).encode())
         crash.point("client.attempt-noted")
 
-    def _last_attempt(self, round: int) -> tuple[int, set[str]]:
-        """The latest attempt of this round that was sealed here, and its cohort; (0, nobody) before the first."""
-        latest = checkpoint.read_note(self.home / ATTEMPT, _Attempt, _Attempt())
-        return (latest.attempt, set(latest.cohort)) if latest.round == round else (0, set())
+    def _noted(self) -> _Attempt:
+        return checkpoint.read_note(self.home / ATTEMPT, _Attempt, _Attempt())
+
+    def _last_attempt(self, round: int) -> tuple[int, set[str], int]:
+        """The latest attempt of this round that was sealed here, its cohort and key; (0, nobody, 0) before the first."""
+        latest = self._noted()
+        return (latest.attempt, set(latest.cohort), latest.epoch) if latest.round == round else (0, set(), 0)
 
     def _seal(self, levels_P: np.ndarray, saturated: int, opened: RoundOpen) -> bytes:
         """Levels -> packed slots -> presence and MAC -> pairwise masks -> ciphertexts -> frame."""
@@ -338,8 +345,9 @@ class Hospital(Home):
         self._require_consent()
         if certificate.round != self.applied_round:
             self._apply_new(certificate, payload)
-        self._update_file.unlink(missing_ok=True)
-        (self.home / OUTBOX).unlink(missing_ok=True)
+        if self._noted().round <= self.applied_round:  # an old sum that comes again must not cost the next round's update
+            self._update_file.unlink(missing_ok=True)
+            (self.home / OUTBOX).unlink(missing_ok=True)
         crash.point("client.update-removed")
         header = Applied(
             study=self.study.hash, hospital=self.site.name, round=self.applied_round, model_hash=self.model_hash

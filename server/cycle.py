@@ -95,7 +95,9 @@ class Coordinator:
             )
             first = 1 + max([self.journal.last_round() - 1, *(m.applied for m in self.members.values())])
             losses = [self._loss(number) for number in range(1, first)]
-            self._renew_key(first)
+            self._catch_up(first)
+            if self.journal.certificate(first) is None:
+                self._renew_key(first)
             why, number = "failed", first - 1
             try:
                 for number in range(first, self.study.training.rounds + 1):
@@ -117,13 +119,15 @@ class Coordinator:
         """One round of the cycle; returns the cohort's mean generator loss."""
         self._call_roll()
         self._catch_up(number)
-        if self.journal.certificate(number) is None:
+        if self._unusable(number) or self.journal.certificate(number) is None:
             self._renew_key(number)
-            self._collect(number, self.journal.attempt_under_way() or self._first_attempt(number))
+            self._collect(number, self.journal.attempt_under_way() or self._next_attempt(number))
         began = time.perf_counter()
         refused = self._broadcast(number, list(self.members))
         holders = sorted(name for name, member in self.members.items() if member.applied == number)
         if len(holders) < MIN_SITES:
+            if not holders and "KEY_STOPPED" in refused:  # the hospitals decide whether there will be another key
+                self.journal.request_rotation()
             why = ", ".join(sorted(set(refused)))
             raise RunError("RUN_QUORUM", f"{len(holders)} hospitals applied round {number} ({why})", "round")
         loss = self._loss(number)
@@ -139,10 +143,20 @@ class Coordinator:
 
     # ---- phases 1 and 2
 
-    def _first_attempt(self, number: int) -> RoundOpen:
-        epoch = self._current_epoch()
-        cohort = sorted(n for n, m in self.members.items() if m.applied == number - 1 and m.epoch == epoch)
-        return self._attempt(number, 1, tuple(cohort))
+    def _unusable(self, number: int) -> bool:
+        """Is there a sum that no hospital could use, and a new key, or the wish for one, to make another with?"""
+        stored, current = self.journal.certificate(number), self.journal.current_epoch()
+        if stored is None or current is None or self.journal.model_hash(number):
+            return False
+        return self.journal.rotation_requested() or stored[0].epoch < current.number
+
+    def _next_attempt(self, number: int) -> RoundOpen:
+        """With everybody who is ready; where there was a sum that nobody could use, with nobody new (decision 0006)."""
+        epoch, stored = self._current_epoch(), self.journal.certificate(number)
+        cohort = {n for n, m in self.members.items() if m.applied == number - 1 and m.epoch == epoch}
+        if stored:
+            cohort &= set(stored[0].cohort)
+        return self._attempt(number, stored[0].attempt + 1 if stored else 1, tuple(sorted(cohort)))
 
     def _attempt(self, number: int, attempt: int, cohort: tuple[str, ...]) -> RoundOpen:
         row = self.journal.current_epoch()
@@ -275,6 +289,8 @@ class Coordinator:
 
     def _missing(self, at: RoundOpen, name: str, problem: Exception, missing: dict[str, str]) -> None:
         missing[name] = reason(problem)
+        if reason(problem) == "RUN_LEFT":  # the next roll asks it again, and gets its signed Leave
+            self.members.pop(name, None)
         self.log.write("site_missing", round=at.round, attempt=at.attempt, site=name, reason=reason(problem))
 
     # ---- phase 3

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -112,18 +113,27 @@ class Journal:
     def open_attempt(self, opened: RoundOpen) -> None:
         """Note an attempt before anybody hears of it. Updates of earlier attempts, now useless, are deleted.
 
+        A round whose sum no hospital could use is opened again under a later key epoch; that certificate is deleted.
+
         Raises:
             RunError: RUN_JOURNAL, the attempt was opened otherwise, or a later one or the certificate is there.
         """
         place, header = (opened.round, opened.attempt), opened.canonical().decode()
         if self._db.value("SELECT header FROM attempts WHERE (round, attempt) = (?, ?)", *place) == header:
             return
-        if place <= self._newest() or opened.round <= self.last_round():
+        if place <= self._newest() or (opened.round <= self.last_round() and not self._unusable(opened)):
             raise problem(f"attempt {opened.attempt} of round {opened.round} was opened otherwise, or is over")
         with self._db.transaction() as db:
             db.execute("INSERT INTO attempts VALUES (?, ?, ?)", (*place, header))
             db.execute("UPDATE updates SET held = 0 WHERE held = 1")
+            db.execute("DELETE FROM certificates WHERE round = ?", (opened.round,))
         self._delete_unheld()
+
+    def _unusable(self, again: RoundOpen) -> bool:
+        """Was this round certified under an earlier key epoch, and has nobody applied its sum?"""
+        header = self._db.value("SELECT header FROM certificates WHERE round = ?", again.round)
+        newest = again.round == self.last_round() and not self.model_hash(again.round)
+        return newest and _parsed(header, Certificate).epoch < again.epoch
 
     def attempt_under_way(self) -> RoundOpen | None:
         """The newest attempt, unless its round has a certificate."""
@@ -262,7 +272,7 @@ class Journal:
         return _signed(*row) if row else None
 
     def blob(self, number: int, hospital: str) -> bytes | None:
-        """A member's wrapped key; None before the offer, and again once the epoch is sealed."""
+        """A member's wrapped key; None before the offer, and again once the epoch is sealed and the member has it."""
         return self._db.value("SELECT blob FROM wrapped WHERE (number, hospital) = (?, ?)", number, hospital)
 
     def note_ready(self, number: int, hospital: str, ready: Signed) -> None:
@@ -279,6 +289,8 @@ class Journal:
             with self._db.transaction() as db:
                 row = (number, hospital, ready.header, ready.signature)
                 db.execute("INSERT INTO readies VALUES (?, ?, ?, ?)", row)
+                _delete_wrapped(db)
+            self._db.truncate_log()
 
     def readies(self, number: int) -> dict[str, Signed]:
         """The signed KeyReady of each member that has answered."""
@@ -286,7 +298,9 @@ class Journal:
         return {hospital: _signed(*signed) for hospital, *signed in self._db.rows(query, number)}
 
     def seal_epoch(self, number: int, key_id: str, members: tuple[str, ...], since_round: int) -> None:
-        """Every member has confirmed. The wrapped keys are deleted, and a request for rotation is answered.
+        """Enough members have confirmed. A request for rotation is answered.
+
+        Wrapped keys are deleted, but those of members that were away: they need them for the sums that they missed.
 
         Raises:
             RunError: RUN_JOURNAL, the epoch was sealed otherwise, or a later one is there.
@@ -298,7 +312,7 @@ class Journal:
             with self._db.transaction() as db:
                 row = (number, key_id, json.dumps(epoch.members), since_round)
                 db.execute("INSERT INTO epochs VALUES (?, ?, ?, ?)", row)
-                db.execute("DELETE FROM wrapped WHERE number <= ?", (number,))
+                _delete_wrapped(db)
                 db.execute("DELETE FROM meta WHERE name = 'rotation'")
         crash.point("server.epoch-sealed")
         self._db.truncate_log()
@@ -323,6 +337,8 @@ class Journal:
         with self._db.transaction() as db:
             row = (hospital, leave.header, leave.signature)
             db.execute("INSERT OR IGNORE INTO leaves VALUES (?, ?, ?)", row)
+            db.execute("DELETE FROM wrapped WHERE hospital = ?", (hospital,))
+        self._db.truncate_log()
 
     def leaves(self) -> dict[str, Signed]:
         """The signed Leave of each hospital that has left."""
@@ -375,6 +391,14 @@ class Journal:
 
     def _sum_path(self, round: int) -> Path:
         return self._sums / f"round-{round:04d}.bin"
+
+
+def _delete_wrapped(db: sqlite3.Connection) -> None:
+    """Keys of offers that came to nothing, and keys of sealed epochs that their members have by now."""
+    db.execute(
+        """DELETE FROM wrapped WHERE number <= (SELECT max(number) FROM epochs) AND
+        (number NOT IN (SELECT number FROM epochs) OR (number, hospital) IN (SELECT number, hospital FROM readies))"""
+    )
 
 
 def _read(path: Path, header: Update | Certificate) -> bytes | None:

@@ -77,13 +77,15 @@ class KeyCeremony:
         if missing and self.journal.current_epoch() is None:
             what = f"the first key needs every hospital; not there: {', '.join(missing)}"
             raise RunError("RUN_QUORUM", what, "key epoch")
+        # one that is behind needs older keys first: it gets this one when it has caught up
+        able = [name for name in members if name in present and present[name].applied == next_round - 1]
         newest = max([self.journal.newest_number(), *(member.epoch for member in present.values())])
         for turn in range(len(members)):
             number, leader = newest + 1 + turn, members[(newest + turn) % len(members)]
-            if leader in present:
+            if leader in able:
                 try:
                     offer = self._offer(number, leader, members)
-                    self._confirm(offer, [name for name in members if name in present])
+                    self._confirm(offer, able)
                     return self._seal(offer, next_round)
                 except (FedMedGanError, NoAnswer) as problem:
                     problems[leader] = reason(problem)
@@ -140,7 +142,8 @@ class KeyCeremony:
     def _grant(self, offer: KeyOffer, names: list[str]) -> dict[str, Exception]:
         """Give each its wrapped key; returns what went wrong, by hospital."""
         shown = self.journal.offer(offer.epoch)
-        leaves, failed = tuple(self.journal.leaves().values()), dict[str, Exception]()
+        failed = dict[str, Exception]()
+        leaves = tuple(leave for name, leave in self.journal.leaves().items() if name not in offer.members)
         requests: dict[str, tuple[Header, bytes]] = {}
         for name in names:
             blob = self.journal.blob(offer.epoch, name)

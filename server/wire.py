@@ -25,6 +25,8 @@ K = TypeVar("K")
 
 POLL_SECONDS = 0.05
 RESEND_SECONDS = 60.0
+AGAIN_SECONDS = 1.0
+"""Two messages to a node whose errors come at once are never nearer to each other than this."""
 MAX_RESTARTS = 2
 AWAY_SECONDS = 180.0
 """How long a node may be gone: Flower notices within a minute, and lets a killed one back in after another."""
@@ -42,6 +44,7 @@ class _Pending:
     def __init__(self, node: int, now: float) -> None:
         self.node, self.ids = node, set[str]()
         self.resend_at, self.interval = now, RESEND_SECONDS
+        self.sent_at = now
         self.restarts = 0
         self.gone_since: float | None = None
 
@@ -91,7 +94,7 @@ class Wire:
     def _send(self, state: _Pending, envelope: Envelope, message_type: str, now: float) -> None:
         message = Message(envelope.to_record(), dst_node_id=state.node, message_type=message_type)
         state.ids.update(self.grid.push_messages([message]))
-        state.gone_since = None
+        state.gone_since, state.sent_at = None, now
         state.resend_at, state.interval = now + state.interval, 2 * state.interval
 
     def _answer(self, state: _Pending, now: float) -> Envelope | NoAnswer | None:
@@ -107,7 +110,7 @@ class Wire:
                     return NoAnswer("RUN_NODE")
                 state.restarts += restart
                 if not state.ids and state.gone_since is None:
-                    state.gone_since, state.resend_at = now, now
+                    state.gone_since, state.resend_at = now, max(now, state.sent_at + AGAIN_SECONDS)
         return None
 
     def _without_refusal(self, key: object, answer: Envelope | NoAnswer) -> Envelope | NoAnswer:

@@ -468,6 +468,37 @@ def test_wrapped_keys_leave_the_disk_with_the_sealed_epoch(journal, tmp_path):
     assert on_disk() == []
 
 
+def test_a_wrapped_key_waits_for_a_member_that_is_away(journal):
+    journal.store_offer(1, "ham", signed("nobody confirms"), dict.fromkeys(SITES, b"old"))
+    journal.store_offer(2, "ham", signed("offer"), dict.fromkeys(SITES, b"new"))
+    journal.note_ready(2, "ham", signed("ready ham"))
+    assert journal.blob(2, "ham") == b"new"
+    journal.seal_epoch(2, "ab" * 16, SITES, 1)
+    assert [journal.blob(1, name) for name in SITES] == [None] * 3
+    assert [journal.blob(2, name) for name in SITES] == [None, b"new", b"new"]
+    journal.note_ready(2, "nih", signed("ready nih"))
+    assert journal.blob(2, "nih") is None
+    journal.note_leave("rig", signed("leave"))
+    assert journal.blob(2, "rig") is None
+
+
+def test_a_sum_that_nobody_could_use_is_made_again_under_a_later_key(journal):
+    one_round(journal)
+    again = attempt(attempt=2).model_copy(update={"epoch": 2})
+    journal.open_attempt(again)
+    assert (journal.last_round(), journal.certificate(1), journal.attempt_under_way()) == (0, None, again)
+    journal.certify(*certificate(again))
+    assert journal.certificate(1) == certificate(again)
+
+
+def test_a_sum_that_somebody_applied_is_final(journal):
+    one_round(journal)
+    journal.note_applied(1, "ham", "8" * 64)
+    with pytest.raises(RunError) as caught:
+        journal.open_attempt(attempt(attempt=2).model_copy(update={"epoch": 2}))
+    assert code(caught) == "RUN_JOURNAL"
+
+
 def test_two_offers_or_confirmations_of_one_epoch_are_equivocation(journal):
     journal.store_offer(1, "ham", signed("offer"), {"ham": b"1"})
     journal.note_ready(1, "ham", signed("ready"))
