@@ -66,11 +66,11 @@ class Ours:
         self.n_slots = self.plan.n_slots + proof.extra_slots(n_sites)
         self.n_blobs = cipher.blobs_for(self.n_slots)
         self.sites = [generate_identity() for _ in range(n_sites)]
-        he_secret, mac_root = new_epoch()
-        key_id = cipher.key_id(he_secret)
+        epoch = new_epoch(1, tuple(f"site-{i}" for i in range(n_sites)))
+        key_id = epoch.key_id
         self.binding = {"study_hash": "00" * 32, "round": 1, "attempt": 1, "key_id": key_id}
-        self.mac_key = proof.derive_mac_key(mac_root, "00" * 32, key_id, 1, 1)
-        self.hospital = cipher.HospitalCipher(he_secret)
+        self.mac_key = proof.derive_mac_key(epoch.mac_root, "00" * 32, key_id, 1, 1)
+        self.hospital = cipher.HospitalCipher(epoch.he_secret)
         self.server = cipher.AddOnly(self.n_blobs)
         self.reference = np.zeros(n_values, dtype=np.int64)
         self.saturated = self.up = self.mismatches = 0

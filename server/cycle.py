@@ -390,8 +390,8 @@ class Coordinator:
                     self._enrol(node, sent(answer))
                 except (MessageError, NoAnswer) as problem:
                     self.log.write("node_refused", reason=reason(problem))
-            expected = len(self.ceremony.members())
-            if not wait or len(self.members) == expected or time.monotonic() > deadline:
+            answered = len(asked) >= len(self.ceremony.members())  # whoever refused will not be there by waiting
+            if not wait or answered or time.monotonic() > deadline:
                 return
             time.sleep(POLL_SECONDS)
 
