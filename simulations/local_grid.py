@@ -22,6 +22,7 @@ class LocalGrid:
         homes: node -> home folder of the hospital behind it.
         absent: is the node offline at that poll?
         silent: does the node never answer such a message?
+        fails: the code of Flower's error that comes in place of an answer; None: the hospital answers.
         insecure_seed: as `fedmedgan simulate --insecure-seed`: repeatable and worthless noise.
     """
 
@@ -31,12 +32,13 @@ class LocalGrid:
         *,
         absent: Callable[[int, int], bool] = lambda node, polls: False,
         silent: Callable[[int, str], bool] = lambda node, kind: False,
+        fails: Callable[[int, str], int | None] = lambda node, kind: None,
         insecure_seed: int | None = None,
     ) -> None:
         for name in ("_run_id", "_node_id", "_task_id"):  # what a Message wants to know of the process that makes it
             setattr(TaskIdentity, name, 1)
         self.homes = dict(enumerate(homes))
-        self.absent, self.silent = absent, silent
+        self.absent, self.silent, self.fails = absent, silent, fails
         self.app = client.make_app(lambda context: self.homes[context.node_id], insecure_seed=insecure_seed)
         self.polls = 0
         self.answers: dict[str, Message] = {}
@@ -52,7 +54,10 @@ class LocalGrid:
             node, kind = message.metadata.dst_node_id, message.metadata.message_type
             message.metadata.__dict__["_message_id"] = number
             self.sent.append((node, kind))
-            if not self.silent(node, kind):
+            code = self.fails(node, kind)
+            if code is not None:
+                self.answers[number] = Message(Error(code=code, reason=""), reply_to=message)
+            elif not self.silent(node, kind):
                 self.answers[number] = self.call(node, message)
             yield number
 
