@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ from fedmedgan.shared.errors import RunError
 
 LOG_BYTES = 20 << 20
 """A log that is larger when a process starts becomes ``NAME.1``, in place of the one before."""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 STOP_SECONDS = 60.0
 """Flower needs up to 50 s to end in good order."""
 
@@ -68,19 +72,37 @@ def spawn(
         )
 
 
-def stop(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> None:
-    """SIGTERM, and SIGKILL to the whole session where that does not end it."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def stop(*running: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> None:
+    """SIGTERM to all at once, and SIGKILL to the whole session of those that it does not end. Not to be interrupted."""
+    with _deaf():
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + seconds
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 class Stopped(BaseException):
     """Somebody asked this process to end: SIGTERM, SIGINT."""
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """SIGTERM and SIGINT are ignored; only a main thread can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 @contextmanager
@@ -100,9 +122,12 @@ def stoppable() -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def last_lines(log: Path, lines: int = 3) -> str:
-    """The end of a log, for an error message."""
+def last_error(log: Path) -> str:
+    """What a log says last about an error, or its last line: one line, for people."""
     try:
-        return " | ".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-lines - 1 :]).strip(" |")
+        text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return ""
+    lines = [line.strip() for line in text.splitlines()[-60:] if line.strip()]
+    marked = [number for number, line in enumerate(lines) if "ERROR" in line or line.startswith("error[")]
+    return " ".join(" ".join(lines[marked[-1] : marked[-1] + 3] if marked else lines[-1:]).split())

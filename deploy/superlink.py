@@ -70,9 +70,9 @@ def start(folder: Path, study: Path | None = None, say: Say = lambda line: None)
     with processes.only_one(folder / LOCK) as lock, processes.stoppable():
         server = Superlink(folder, consortium, lock)
         try:
-            server.start()
+            server.start(say)
             server.register(say)
-            say(f"study {agreement.study.name}: {server.address}, hospitals come to {consortium.coordinator.address}")
+            say(f"study {agreement.study.name}: hospitals come to {consortium.coordinator.address}")
             return _keep_going(server, say)
         except processes.Stopped:
             say("stopping")
@@ -99,7 +99,7 @@ def _keep_going(server: Superlink, say: Say) -> str:
         say(f"the run ended ({outcome}); a new one in {PAUSE_SECONDS:g} s")
         time.sleep(PAUSE_SECONDS)
         if server.process is None or server.process.poll() is not None:
-            server.start()
+            server.start(say)
 
 
 def _rounds(folder: Path) -> int:
@@ -120,7 +120,7 @@ class Superlink:
         config = f'[superlink.{NAME}]\naddress = "{self.address}"\nroot-certificates = "{self.kit / "ca.crt"}"\n'
         (self.home / "config.toml").write_text(config, encoding="utf-8")
 
-    def start(self) -> None:
+    def start(self, say: Say) -> None:
         """Start it and wait until it answers.
 
         Raises:
@@ -141,9 +141,10 @@ class Superlink:
         while not self._healthy():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                what = f"the SuperLink does not come up: {processes.last_lines(self.log)}"
+                what = f"the SuperLink does not come up: {processes.last_error(self.log)}"
                 raise RunError("RUN_FLOWER", what, str(self.log))
             time.sleep(0.5)
+        say(f"SuperLink {self.process.pid} at {self.address}; log {self.log}")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -198,7 +199,7 @@ class Superlink:
                 return reason
             if self.process is None or self.process.poll() is not None:
                 say("the SuperLink died")
-                self.start()
+                self.start(say)
                 return "the SuperLink died"
             now = time.monotonic()
             if now - looked < (2.0 if reason else LOOK_SECONDS):
@@ -211,7 +212,7 @@ class Superlink:
                     continue
                 say("the SuperLink does not answer: it is started again")
                 self.stop()
-                self.start()
+                self.start(say)
                 return "the SuperLink did not answer"
             silent = 0
             begun = begun or run["status"] not in ("pending", "starting")
@@ -220,7 +221,7 @@ class Superlink:
             if not begun and now - submitted > PENDING_SECONDS:
                 say("the run does not begin: the SuperLink is started again")
                 self.stop()
-                self.start()
+                self.start(say)
                 submitted = time.monotonic()
 
     def _run(self, number: str) -> dict[str, Any] | None:

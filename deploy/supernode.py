@@ -8,6 +8,7 @@ home/supernode.log       Flower's own words; what the hospital did is in events.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fedmedgan.shared.agreement import Agreement, Identity
 from fedmedgan.shared.errors import RunError, StudyError
 
 KIT, LOG, LOCK = "kit", "supernode.log", "flwr/site.lock"
+RESTART_SECONDS = 20.0
+"""Flower refuses a key for up to 60 s after its connection was cut, and one that is not registered yet: then its
+SuperNode ends, and is started again after this time, for as long as it takes."""
 
 
 def init(
@@ -43,14 +47,14 @@ def init(
 
 
 def start(home: Path, *, runtime_port: int | None = None, say: Callable[[str], None] = lambda line: None) -> None:
-    """Run the SuperNode until it is asked to stop (SIGTERM, Ctrl-C).
+    """Run the SuperNode until this process is asked to stop (SIGTERM, Ctrl-C); where it ends by itself, start it again.
 
     Args:
         runtime_port: loopback port of Flower's local interface, in place of the kit's.
         say: gets a line for people now and then.
 
     Raises:
-        RunError: KIT_*, RUN_PATH; RUN_FLOWER, the SuperNode ended by itself.
+        RunError: KIT_*, RUN_PATH, RUN_LEFT; RUN_FLOWER, Flower is not the one that the gate was made for.
         StudyError, CryptoError: the home is not ready.
     """
     home = home.resolve()
@@ -68,21 +72,19 @@ def start(home: Path, *, runtime_port: int | None = None, say: Callable[[str], N
     ]
     env = environment(flower_home, flower_home / "gate")
     with processes.only_one(home / LOCK) as lock, processes.stoppable():
-        process = processes.spawn(command, env=env, folder=flower_home, log=home / LOG, lock=lock)
-        say(f"{config.site}: SuperNode {process.pid} for {config.address}; log {home / LOG}")
         try:
-            code = process.wait()
+            while True:
+                process = processes.spawn(command, env=env, folder=flower_home, log=home / LOG, lock=lock)
+                say(f"{config.site}: SuperNode {process.pid} for {config.address}; log {home / LOG}")
+                try:
+                    code = process.wait()
+                finally:
+                    processes.stop(process)
+                say(f"{config.site}: the SuperNode ended ({code}): {processes.last_error(home / LOG)}")
+                say(f"{config.site}: it is started again in {RESTART_SECONDS:g} s")
+                time.sleep(RESTART_SECONDS)
         except processes.Stopped:
-            say(f"{config.site}: stopping")
-            return
-        finally:
-            processes.stop(process)
-    hint = "Flower refuses a key that is not registered, and for up to 60 s after its connection was cut; see the log"
-    raise RunError("RUN_FLOWER", f"the SuperNode ended with {code}: {_why(home)}", str(home / LOG), hint=hint)
-
-
-def _why(home: Path) -> str:
-    return processes.last_lines(home / LOG)
+            say(f"{config.site}: stopped")
 
 
 def _require_ready(home: Path) -> SiteConfig:
