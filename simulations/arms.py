@@ -27,15 +27,16 @@ from torch import nn
 
 from fedmedgan.client import checkpoint
 from fedmedgan.client.cycle import Hospital
-from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
 from fedmedgan.client.release.generate import generate
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
+from fedmedgan.shared.errors import DataError
 from fedmedgan.shared.privacy.budget import preview
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.ledger import read as read_ledger
@@ -99,7 +100,7 @@ def _run_arm(
         "private": arm.private,
         "epsilon": max(_epsilon(study, home, arm) for home in homes) if arm.private else None,
         "delta": study.privacy.delta if arm.private else None,
-        "tstr": _tstr(study, images, labels, test_folders) if test_folders else None,
+        "tstr": _tstr(study, images, labels, _test_sets(study, test_folders)) if test_folders else None,
         "images": f"arms/{arm.name}.npz",
         "picture": f"arms/{arm.name}.png",
         "seconds": seconds,
@@ -151,8 +152,7 @@ def _pooled(sets: Sequence[PatientImages]) -> tuple[np.ndarray, np.ndarray]:
     return images, np.concatenate([s.labels_N for s in sets])
 
 
-def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folders: Sequence[Path]) -> dict[str, Any]:
-    test = [load_patients(folder, study.images, pseudonym_key=os.urandom(32)) for folder in test_folders]
+def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test: list[PatientImages]) -> dict[str, Any]:
     found = train_on_synthetic_test_on_real(images, labels, *_pooled(test))
     return {
         "accuracy": {"mean": found.accuracy, "std": found.accuracy_deviation},
@@ -165,4 +165,17 @@ def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test_folders: Se
 def _train_on_real(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> dict[str, Any]:
     """The same classifier, trained on the hospitals' own images together: a ceiling for synthetic ones."""
     sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
-    return _tstr(study, *_pooled(sets), test_folders)
+    test = _test_sets(study, test_folders)
+    if shared := _pixels(sets) & _pixels(test):
+        what = f"{len(shared)} test images are training images of a hospital"
+        raise DataError("DATA_DUPLICATE", what, "--test", hint="test on images of other patients")
+    return _tstr(study, *_pooled(sets), test)
+
+
+def _test_sets(study: Study, folders: Sequence[Path]) -> list[PatientImages]:
+    return [load_patients(folder, study.images, pseudonym_key=os.urandom(32)) for folder in folders]
+
+
+def _pixels(sets: Sequence[PatientImages]) -> set[str]:
+    """Hashes of the native pixels of all files that are used."""
+    return {file.pixel_sha256 for s in sets for file in s.report.files if file.used}

@@ -71,7 +71,7 @@ from fedmedgan.shared.secure_sum import cipher, epochs, keys, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys, load_signing_key
 from fedmedgan.shared.secure_sum.quantize import PLAIN_MODULUS, SlotPlan
 from fedmedgan.shared.study import Study
-from fedmedgan.simulations import DEFAULT_STUDY, consortium
+from fedmedgan.simulations import DEFAULT_STUDY, arms, consortium
 
 MARKER = "ZZPHI"
 TAKEN = ""
@@ -202,6 +202,18 @@ def run_folder_is_a_file(folder: Path) -> list[str]:
     return simulate()(folder)
 
 
+def kit_file(raw: bytes) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        (folder / "consortium.toml").write_bytes(raw)
+        return ["kit", "make", "consortium.toml"]
+
+    return make
+
+
+def no_passphrase_file(folder: Path) -> list[str]:
+    return ["site", "rotate", "--home", ".", "--passphrase-file", "nowhere"]
+
+
 TYPED = [
     Case("C01", "no such file", "CONFIG_NOT_FOUND", lambda f: ["study", "check", "nothing.toml"]),
     Case("C01", "a folder", "CONFIG_NOT_FOUND", lambda f: ["study", "check", "."]),
@@ -293,6 +305,23 @@ TYPED = [
     Case("C05", "--data without a site", "CONFIG_TYPE", simulate("--data", "north")),
     Case("C05", "--drop without a round", "CONFIG_TYPE", simulate("--drop", "north@")),
     Case("C05", "--drop in no round", "CONFIG_TYPE", simulate("--drop", "north@one")),
+    Case("C01", "no kit file", "KIT_PATH", lambda f: ["kit", "make", "nothing.toml"]),
+    Case("C02", "an empty kit file", "KIT_CONFIG", kit_file(b"")),
+    Case("C03", "a kit file that is a study", "KIT_CONFIG", example("kit", "make", "{}")),
+    Case("C17", "a nested kit file", "KIT_CONFIG", kit_file(b"a = " + b"[" * 10_000)),
+    Case("C18", "a kit file not UTF-8", "KIT_CONFIG", kit_file(b"\xff\xfe")),
+    Case("C01", "no kit", "KIT_PATH", lambda f: ["kit", "verify", "nowhere"]),
+    Case("C01", "no kit to begin with", "KIT_PATH", example("server", "init", "--kit", "{}", "--folder", "f")),
+    Case("C01", "no kit to start with", "KIT_PATH", lambda f: ["site", "start", "--home", "."]),
+    Case("C01", "no kit for a coordinator", "KIT_PATH", lambda f: ["server", "start", "--folder", "nowhere"]),
+    Case("C01", "no study at a coordinator", "CONFIG_NOT_FOUND", lambda f: ["server", "status", "--folder", "."]),
+    Case("C01", "no study to leave", "CONFIG_NOT_FOUND", lambda f: ["site", "leave", "--home", ".", "--yes"]),
+    Case("C01", "no study to sign", "CONFIG_NOT_FOUND", lambda f: ["study", "sign", "no.json", "--home", ".", "--yes"]),
+    Case("C03", "no agreement to sign", "CONFIG_SYNTAX", example("study", "sign", "{}", "--home", ".", "--yes")),
+    Case("C03", "no agreement to collect for", "CONFIG_SYNTAX", example("study", "collect", "{}")),
+    Case("C16", "no identity", "STUDY_KEYS", example("study", "assemble", "{}", "{}")),
+    Case("K01", "no key to rotate", "KEY_MISSING", lambda f: ["site", "rotate", "--home", "."]),
+    Case("K03", "no file with a passphrase", "KEY_PASSPHRASE", no_passphrase_file),
     Case("C01", "a study over another file", "RUN_PATH", example("study", "new", "{}")),
     Case("C01", "a study in no folder", "RUN_PATH", lambda f: ["study", "new", "no/study.toml"]),
     Case("C01", "a run over another", "RUN_PATH", a_run_in_use),
@@ -326,6 +355,7 @@ def test_typed(case, sandbox, monkeypatch, capfd):
     arguments = case.make(sandbox)
     before = contents(sandbox)
     monkeypatch.setattr(sys, "argv", ["fedmedgan", *arguments])
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # a command may name its passphrase there
     with pytest.raises(SystemExit) as ended:
         main.run()
     shown = capfd.readouterr()
@@ -1012,7 +1042,12 @@ def model_as_update(p: Played, home: Path) -> None:
     asked()(p, home)
 
 
+def judged_on_training_images(p: Played, home: Path) -> None:
+    arms._train_on_real(p.homes[0].parents[1], p.study, [p.homes[1] / consortium.PHANTOMS])
+
+
 AT_HOME = [
+    Case("D27", "tested on training images", "DATA_DUPLICATE", judged_on_training_images),
     Case("C01", "no policy", "CONFIG_NOT_FOUND", spoilt("policy.toml", None)),
     Case("C03", "policy no TOML", "CONFIG_TYPE", spoilt("policy.toml", b"site = ")),
     Case("C05", "policy with another key", "CONFIG_TYPE", policy("max_epsilonn = 3.0")),
