@@ -293,7 +293,7 @@ class Hospital(Home):
         return checkpoint.read_note(self.home / ATTEMPT, _Attempt, _Attempt())
 
     def _last_attempt(self, round: int) -> tuple[int, set[str], int]:
-        """The latest attempt of this round that was sealed here, its cohort and key; (0, nobody, 0) before the first."""
+        """The latest attempt of this round that was sealed here, its cohort and key epoch; (0, nobody, 0) if none."""
         latest = self._noted()
         return (latest.attempt, set(latest.cohort), latest.epoch) if latest.round == round else (0, set(), 0)
 
@@ -345,7 +345,7 @@ class Hospital(Home):
         self._require_consent()
         if certificate.round != self.applied_round:
             self._apply_new(certificate, payload)
-        if self._noted().round <= self.applied_round:  # an old sum that comes again must not cost the next round's update
+        if self._noted().round <= self.applied_round:  # else an old sum that comes again would cost the next update
             self._update_file.unlink(missing_ok=True)
             (self.home / OUTBOX).unlink(missing_ok=True)
         crash.point("client.update-removed")

@@ -289,9 +289,13 @@ class Coordinator:
 
     def _missing(self, at: RoundOpen, name: str, problem: Exception, missing: dict[str, str]) -> None:
         missing[name] = reason(problem)
-        if reason(problem) == "RUN_LEFT":  # the next roll asks it again, and gets its signed Leave
-            self.members.pop(name, None)
+        self._ask_again_if_left(name, reason(problem))
         self.log.write("site_missing", round=at.round, attempt=at.attempt, site=name, reason=reason(problem))
+
+    def _ask_again_if_left(self, name: str, code: str) -> None:
+        """The next roll gets the signed Leave of a hospital that has left, so that there is a key without it."""
+        if code == "RUN_LEFT":
+            self.members.pop(name, None)
 
     # ---- phase 3
 
@@ -362,6 +366,7 @@ class Coordinator:
                 self.members[name].epoch = answer.epoch
             else:
                 self.log.write("node_refused", site=name, reason=str(answer))
+                self._ask_again_if_left(name, str(answer))
 
     def _ask_for_keys(self, requests: Mapping[str, tuple[Header, bytes]]) -> Iterator[tuple[str, Envelope | NoAnswer]]:
         sealed = {

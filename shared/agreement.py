@@ -76,13 +76,15 @@ def assemble(study: Study, identities: Iterable[Identity]) -> Study:
     """The study with everybody's public keys in it: this one is signed.
 
     Raises:
-        StudyError: STUDY_KEYS, a party is missing, comes twice or is not in the study; STUDY_ROSTER.
+        StudyError: STUDY_KEYS, a party is missing, comes twice, is not in the study or lacks a key; STUDY_ROSTER.
     """
     known: dict[tuple[str, str], Identity] = {}
     for identity in identities:
         key = (identity.role, identity.name if identity.role == "hospital" else "")
         if key in known:
             raise StudyError("STUDY_KEYS", f"two identities of {identity.name}", "identities")
+        if identity.role == "hospital" and not (identity.exchange_key and identity.wrapping_key):
+            raise StudyError("STUDY_KEYS", f"{identity.name} lacks a public key", "identities")
         known[key] = identity
     wanted = {("hospital", site.name) for site in study.sites} | {("coordinator", "")}
     if set(known) != wanted:
