@@ -289,10 +289,13 @@ class Envelope(BaseModel):
         parts = [arrays[name].data for name in sorted(arrays)]
         if len(header) > MAX_HEADER_BYTES or sum(map(len, parts)) > max_payload:
             raise MessageError("MSG_TOO_LARGE", "header or payload is larger than the study allows", "envelope")
-        known = set(record) == ({"envelope", "payload"} if arrays else {"envelope"})
-        if not known or any(
-            (name, array.dtype, tuple(array.shape), array.stype) != (f"{i:06d}", _DTYPE, (len(array.data),), _STYPE)
-            for i, (name, array) in enumerate(sorted(arrays.items()))
+        forms = [(name, a.dtype, tuple(a.shape), a.stype) for name, a in sorted(arrays.items())]
+        sizes = [len(part) for part in parts]
+        if (
+            set(record) != ({"envelope", "payload"} if parts else {"envelope"})
+            or forms != [(f"{i:06d}", _DTYPE, (size,), _STYPE) for i, size in enumerate(sizes)]
+            or any(size != PART_BYTES for size in sizes[:-1])
+            or not all(0 < size <= PART_BYTES for size in sizes[-1:])
         ):
             raise MessageError("MSG_FORMAT", "the record holds something else, or parts of another form", "envelope")
         return cls(kind=kind, header=header, signature=signature, payload=b"".join(parts))

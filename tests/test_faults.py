@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from fedmedgan.client import checkpoint
-from fedmedgan.shared.errors import FedMedGanError, MessageError, ModelError
+from fedmedgan.shared.errors import CryptoError, FedMedGanError, MessageError, ModelError
 from fedmedgan.shared.messages import Envelope, Update
 from fedmedgan.shared.privacy import ledger as ledger_module
-from fedmedgan.shared.secure_sum import keys, proof
+from fedmedgan.shared.secure_sum import cipher, keys, proof
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -238,6 +238,8 @@ def test_a_record_has_one_form(update):
     for record in (
         changed(another=MetricRecord({"loss": 0.5})),
         parts(a=part),
+        parts(**{"000000": part, "000001": Array("bytes", (0,), part.stype, b"")}),
+        parts(**{f"{i:06d}": Array("bytes", (n,), part.stype, part.data[-n:]) for i, n in enumerate((10, 20))}),
         parts(**{"000001": part}),
         parts(**{"000000": part, "zz": Array("bytes", (0,), part.stype, b"")}),
         parts(**{"000000": Array("float64", part.shape, part.stype, part.data)}),
@@ -246,6 +248,26 @@ def test_a_record_has_one_form(update):
     ):
         with pytest.raises(MessageError, match="MSG_FORMAT"):
             Envelope.from_record(record, 1 << 20)
+
+
+def test_only_coefficients_and_seeds_reach_the_parser(monkeypatch):
+    """SEAL decompresses what says that it is compressed, and ends the process over some of that."""
+    hospital = cipher.HospitalCipher(cipher.new_secret())
+    seeded = hospital.encrypt(np.arange(cipher.RING_DEGREE))
+    total = cipher.AddOnly(1)
+    total.add(seeded)
+    given = []
+    monkeypatch.setattr(cipher._Scratch, "load", lambda scratch, item, data: given.append(data) or 1 / 0)
+    for blob in (seeded[0], total.result()[0]):
+        form = [*range(123), *(range(len(blob) - 81, len(blob) - 64) if len(blob) < 40_000 else ())]
+        damaged = [blob[:i] + bytes([blob[i] ^ 1 << i % 8]) + blob[i + 1 :] for i in form]
+        damaged += [blob[:-1], blob + b"\0", blob[:150] + b"\0" + blob[150:], b"", blob[:5] + b"\0" + blob[6:]]
+        for raw in damaged:
+            with pytest.raises(CryptoError, match="HE_PARAMS_MISMATCH"):
+                cipher.AddOnly(1).add([raw])
+    assert given == []
+    with pytest.raises(ZeroDivisionError):
+        cipher.AddOnly(1).add(seeded)
 
 
 def test_every_byte_of_a_checkpoint_counts(tmp_path):

@@ -91,9 +91,8 @@ def _mutated_envelope(good: Envelope, rng: Rng) -> tuple[Envelope, str]:
 def _mutated_record(good: Envelope, rng: Rng) -> tuple[RecordDict, str]:
     """The same message as Flower carries it, with another form."""
     fields: dict[str, Any] = {"kind": good.kind, "header": good.header, "signature": good.signature}
-    half = len(good.payload) // 2
-    parts = [good.payload[:half], good.payload[half:]]
-    arrays = {f"{i:06d}": Array("bytes", (len(p),), "fedmedgan.v1", p) for i, p in enumerate(parts)}
+    arrays = dict(good.to_record().array_records["payload"])
+    whole, half = good.payload, len(good.payload) // 2
     record, payload = RecordDict(), "payload"
     how = int(rng.integers(11))
     field = str(rng.choice(sorted(fields)))
@@ -105,11 +104,12 @@ def _mutated_record(good: Envelope, rng: Rng) -> tuple[RecordDict, str]:
         case 2:
             fields[field] = [1, 1.5, True, "x", b"x", [1, 2], ["a"], [b"x"], [True]][int(rng.integers(9))]
         case 3:
-            arrays["000001"] = Array("float64", (10**9, 10**9), "numpy.ndarray", parts[1])
+            arrays["000000"] = Array("float64", (10**9, 10**9), "numpy.ndarray", whole)
         case 4:
-            arrays = dict(zip(sorted(arrays), reversed(list(arrays.values())), strict=True))
+            halves = (whole[:half], whole[half:])
+            arrays = {f"{i:06d}": Array("bytes", (len(p),), "fedmedgan.v1", p) for i, p in enumerate(halves)}
         case 5:
-            arrays[str(rng.choice(["000002", "zz", "-1", "", "000000 "]))] = Array("bytes", (0,), "fedmedgan.v1", b"")
+            arrays[str(rng.choice(["000001", "zz", "-1", "", "000000 "]))] = Array("bytes", (0,), "fedmedgan.v1", b"")
         case 6:
             arrays = {f"part{name}": array for name, array in arrays.items()}
         case 7:
@@ -119,7 +119,7 @@ def _mutated_record(good: Envelope, rng: Rng) -> tuple[RecordDict, str]:
         case 9:
             record["another"] = ConfigRecord({"header": b"x"})
         case _:
-            arrays["000000"] = Array("bytes", (-1,), "fedmedgan.v1", parts[0])
+            arrays["000000"] = Array("bytes", (-1,), "fedmedgan.v1", whole)
     record["envelope"] = ConfigRecord(fields)
     record[payload] = ArrayRecord(arrays)
     return record, f"form {how} of the record, {field}"
@@ -334,7 +334,11 @@ def _model() -> bytes:
 
 
 def ledger_file(rng: Rng) -> tuple[Taken, str]:
-    """A hospital's ledger. An older beginning of it verifies alone; that is for anchors to find, and not counted."""
+    """A hospital's ledger.
+
+    Not counted: an older beginning of it, which verifies alone and is for anchors to find; and the whole of it with a
+    torn write behind it, which readers report as such.
+    """
     good = _ledger()
     path = _folder() / "changed.jsonl"
     if rng.random() < 0.4:  # one line, which is JSON
@@ -348,7 +352,8 @@ def ledger_file(rng: Rng) -> tuple[Taken, str]:
 
     def take() -> bool:
         history = read_ledger(path)
-        return not ledger_faults.is_older(history, _whole())
+        torn = history.torn_bytes > 0 and history.head == _whole().head
+        return not (torn or ledger_faults.is_older(history, _whole()))
 
     return take, how
 

@@ -88,7 +88,13 @@ class _Scratch:
         return item
 
     def load_ciphertext(self, blob: bytes) -> Any:
-        """A ciphertext of our parameters with two polynomials, not transparent. SEAL itself allows more."""
+        """A ciphertext of our parameters with two polynomials, not transparent. SEAL itself allows more.
+
+        Only coefficients and seed are left to SEAL's parser. Damage before them makes it decompress, and after some of
+        that it ends the whole process.
+        """
+        if not _well_formed(blob):
+            raise CryptoError("HE_PARAMS_MISMATCH", "this is not a ciphertext of the study's parameters")
         try:
             item = self.load(seal.Ciphertext(_context()), blob)
             fits = item.size() == 2 and item.parms_id() == _context().first_parms_id()
@@ -97,6 +103,41 @@ class _Scratch:
         except _SEAL_ERRORS:
             pass
         raise CryptoError("HE_PARAMS_MISMATCH", "this is not a ciphertext of the study's parameters")
+
+
+_PREFIX_BYTES, _SEED_BYTES = 123, 64
+_SEED_AT = _PREFIX_BYTES + 8 * RING_DEGREE
+_SEEDED_BYTES, _FULL_BYTES = _SEED_AT + 17 + _SEED_BYTES, _PREFIX_BYTES + 16 * RING_DEGREE
+
+
+def _well_formed(blob: bytes) -> bool:
+    """Whether everything in a serialised ciphertext but its coefficients and its seed is what it has to be."""
+    if len(blob) == _SEEDED_BYTES:
+        return (blob[:_PREFIX_BYTES], blob[_SEED_AT:-_SEED_BYTES]) == _around(_SEEDED_BYTES, RING_DEGREE)
+    return len(blob) == _FULL_BYTES and blob[:_PREFIX_BYTES] == _around(_FULL_BYTES, 2 * RING_DEGREE)[0]
+
+
+@functools.cache
+def _around(size: int, numbers: int) -> tuple[bytes, bytes]:
+    """What SEAL writes before the coefficients, and between them and the seed.
+
+    All of it is known: coefficients are uniform, so the compression (Zstandard, RFC 8878) always gives up and stores
+    one raw block.
+
+    Args:
+        size: bytes of the whole ciphertext.
+        numbers: how many coefficients it has.
+    """
+
+    def seal_header(compression: int, length: int) -> bytes:
+        return struct.pack("<HBBBBHQ", 0xA15E, 16, 4, 3, compression, 0, length)
+
+    raw = size - 26
+    zstandard = b"\x28\xb5\x2f\xfd\x60" + struct.pack("<H", raw - 256) + struct.pack("<I", raw << 3 | 1)[:3]
+    # Parameters, not in NTT form, two polynomials of N coefficients of one prime, scale 1, correction 1.
+    about = struct.pack("<4QBQQQdQ", *_context().first_parms_id(), 0, 2, RING_DEGREE, 1, 1.0, 1)
+    array = seal_header(0, 24 + 8 * numbers) + struct.pack("<Q", numbers)
+    return seal_header(2, size) + zstandard + about + array, seal_header(0, 17 + _SEED_BYTES) + b"\x01"
 
 
 def new_secret() -> bytes:
