@@ -1,4 +1,4 @@
-# Two commands: `make simulate` and `make test`. Both build .venv from constraints.txt first, once.
+# `make simulate`, `make consortium`, `make test`. Both build .venv from constraints.txt first, once.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -7,7 +7,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup simulate test lint bench-secure-sum bench-round bench-faults clean
+.PHONY: setup simulate consortium test lint bench-secure-sum bench-round bench-faults clean
 
 setup: .venv/installed
 
@@ -18,6 +18,9 @@ setup: .venv/installed
 
 simulate: setup
 	$(BIN)/fedmedgan simulate
+
+consortium: setup
+	$(BIN)/fedmedgan consortium
 
 test: setup
 	$(BIN)/pytest
