@@ -54,6 +54,14 @@ class _Arm:
     sites: tuple[str, ...]
 
 
+def refuse_training_images(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> None:
+    """Raises DataError DATA_DUPLICATE where a test image is a hospital's training image: it would flatter every arm."""
+    sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
+    if shared := _pixels(sets) & _pixels(_test_sets(study, test_folders)):
+        what = f"{len(shared)} test images are training images of a hospital"
+        raise DataError("DATA_DUPLICATE", what, "--test", hint="test on images of other patients")
+
+
 def run(run_folder: Path, study: Study, *, test_folders: Sequence[Path], insecure_seed: int | None = None) -> Path:
     """Train and judge all arms, two at a time, and write ``arms.json``.
 
@@ -165,11 +173,7 @@ def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test: list[Patie
 def _train_on_real(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> dict[str, Any]:
     """The same classifier, trained on the hospitals' own images together: a ceiling for synthetic ones."""
     sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
-    test = _test_sets(study, test_folders)
-    if shared := _pixels(sets) & _pixels(test):
-        what = f"{len(shared)} test images are training images of a hospital"
-        raise DataError("DATA_DUPLICATE", what, "--test", hint="test on images of other patients")
-    return _tstr(study, *_pooled(sets), test)
+    return _tstr(study, *_pooled(sets), _test_sets(study, test_folders))
 
 
 def _test_sets(study: Study, folders: Sequence[Path]) -> list[PatientImages]:

@@ -79,6 +79,8 @@ def run(
         console.print("[bold]for public or research data only, never for patients whom the ledger protects[/bold]")
     study = consortium.prepare(study, run_folder, data, device=device, insecure_seed=insecure_seed)
     consortium.read_data(run_folder, study)
+    if arms and test_folders:
+        comparison.refuse_training_images(run_folder, study, test_folders)
     progress = Progress(run_folder, study, console)
     progress.start()
     try:

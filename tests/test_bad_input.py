@@ -1043,7 +1043,7 @@ def model_as_update(p: Played, home: Path) -> None:
 
 
 def judged_on_training_images(p: Played, home: Path) -> None:
-    arms._train_on_real(p.homes[0].parents[1], p.study, [p.homes[1] / consortium.PHANTOMS])
+    arms.refuse_training_images(p.homes[0].parents[1], p.study, [p.homes[1] / consortium.PHANTOMS])
 
 
 AT_HOME = [

@@ -48,8 +48,10 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulate")
     own = folder / "own-dicom"
     phantoms.write_hospital(own, patients=30, seed=99, vendor=phantoms.vendor_for(1))
+    others = folder / "other-patients"
+    phantoms.write_hospital(others, patients=30, seed=98, vendor=phantoms.vendor_for(1))
     study = write_study(folder / "study.toml")
-    options = ("--arms", "--data", f"site-1={own}", "--test", own, "--drop", "site-3@1", "--out", folder / "run")
+    options = ("--arms", "--data", f"site-1={own}", "--test", others, "--drop", "site-3@1", "--out", folder / "run")
     done = run("--format", "json", "simulate", study, *options)
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads(done.stdout)
