@@ -96,7 +96,7 @@ class Coordinator:
             first = 1 + max([self.journal.last_round() - 1, *(m.applied for m in self.members.values())])
             losses = [self._loss(number) for number in range(1, first)]
             self._catch_up(first)
-            if self.journal.certificate(first) is None:
+            if first <= self.study.training.rounds and self.journal.certificate(first) is None:
                 self._renew_key(first)
             why, number = "failed", first - 1
             try:
