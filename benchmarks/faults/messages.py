@@ -25,12 +25,15 @@ MESSAGES = {
     "certificate_at_hospital": 4000,
     "sum_of_insider": 2000,
     "stored_update": 2000,
-    "wrapped_key": 1500,
+    "wrapped_key": 1000,
+    "wrapped_key_of_insider": 500,
     "key_file_plain": 1000,
     "key_file_sealed": 200,
     "model_file": 2500,
     "ledger_file": 2000,
 }
+MESSAGES_OF_ONE_PROCESS = 500
+"""Each process makes its own keys, and so other ciphertexts: what a parser does to damage may depend on them."""
 CHILD = (sys.executable, str(Path(__file__).with_name("receivers.py")))
 MAX_CRASHES = 20
 
@@ -56,8 +59,9 @@ def send(receiver: str, count: int, command: Sequence[str] = CHILD) -> Counter[s
     """What came of that many messages. A process that dies is a crash of the message after its last word."""
     found, start = Counter[str](), 0
     while start < count:
+        stop = min(count, start + MESSAGES_OF_ONE_PROCESS)
         child = subprocess.Popen(
-            [*command, receiver, str(start), str(count)],
+            [*command, receiver, str(start), str(stop)],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -67,7 +71,7 @@ def send(receiver: str, count: int, command: Sequence[str] = CHILD) -> Counter[s
                 number, came = line.rstrip("\n").split(" ", 1)
                 found[came] += 1
                 start = int(number) + 1
-        if start < count:
+        if start < stop:
             found[f"crash with {child.returncode}"] += 1
             start += 1
             if _sum(found, "crash") >= MAX_CRASHES:

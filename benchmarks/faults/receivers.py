@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from faults.mutators import Rng, mutate
 from fedmedgan.shared.errors import FedMedGanError
 from fedmedgan.shared.messages import Envelope
 from fedmedgan.shared.privacy.ledger import read as read_ledger
-from fedmedgan.shared.secure_sum import epochs, keys
+from fedmedgan.shared.secure_sum import cipher, epochs, keys
 
 SECONDS, MEMORY = 60, 8 << 30
 """What one message may cost: a hang and a memory bomb end the process."""
@@ -247,6 +248,28 @@ def wrapped_key(rng: Rng) -> tuple[Taken, str]:
     return take, how
 
 
+def wrapped_key_of_insider(rng: Rng) -> tuple[Taken, str]:
+    """A leader wraps damaged keys as it should. Whatever opens is a key of the leader's choice, as any is."""
+    cohort = _cohort()
+    good = cohort.epoch
+    secret, how = mutate(good.he_secret, rng)
+    damaged = SimpleNamespace(
+        number=1,
+        members=good.members,
+        mac_root=good.mac_root,
+        he_secret=secret,
+        key_id=cipher.key_id(secret + good.mac_root),
+    )
+    about = {"study_hash": cohort.study.hash, "sender": cohort.names[0], "recipient": cohort.names[1]}
+    blob = epochs.wrap(damaged, cohort.keys[1].wrapping_public, **about)  # type: ignore[arg-type]
+
+    def take() -> bool:
+        epochs.unwrap(cohort.keys[1], blob, number=1, key_id=damaged.key_id, members=good.members, **about)
+        return False
+
+    return take, how
+
+
 @cache
 def _wrapped() -> bytes:
     cohort = _cohort()
@@ -378,6 +401,7 @@ RECEIVERS: dict[str, Callable[[Rng], tuple[Taken, str]]] = {
         sum_of_insider,
         stored_update,
         wrapped_key,
+        wrapped_key_of_insider,
         key_file_plain,
         key_file_sealed,
         model_file,
