@@ -35,15 +35,17 @@ from fedmedgan.shared.errors import RunError
 NAME = "consortium"
 """How Flower's own configuration calls this SuperLink."""
 UP_SECONDS = 90.0
-PENDING_SECONDS = 90.0
+PENDING_SECONDS = 180.0
 """A run that has not begun by then never will: `flower-superexec` died and nothing starts it again."""
 LOOK_SECONDS = 30.0
-"""How often Flower is asked for the run; its command takes seconds of CPU."""
+"""Without an event for so long, Flower is asked for the run; its command takes seconds of CPU."""
 MAX_SILENT = 3
 """Questions that may go without an answer; a SuperLink that is busy with an update is slow."""
 PAUSE_SECONDS = 20.0
 """Before a further run, so that what holds the journal is gone; and for hospitals to come back."""
 MAX_DEATHS = 10
+AGAIN = ("RUN_QUORUM", "RUN_JOURNAL", "RUN_FLOWER")
+"""Errors that pass: hospitals come back, the run before lets go of the journal, Flower was too busy to answer."""
 CODE = re.compile(r"error\[([A-Z_]+)\]")
 COMMAND_SECONDS = 120.0
 
@@ -83,17 +85,20 @@ def start(folder: Path, study: Path | None = None, say: Say = lambda line: None)
 
 def _keep_going(server: Superlink, say: Say) -> str:
     """Runs until one ends for good."""
-    server.end_old_runs()
     deaths = 0
     while True:
         before = _rounds(server.folder)
-        outcome = server.run(say)
+        try:
+            outcome = server.run(say)
+        except RunError as error:
+            outcome = error.line()
         if outcome in coordinator.FINAL:
             return outcome
-        code = CODE.search(outcome)
-        if code and code.group(1) not in ("RUN_QUORUM", "RUN_JOURNAL"):
+        found = CODE.search(outcome)
+        code = found.group(1) if found else ""
+        if code and code not in AGAIN:
             raise RunError("RUN_FLOWER", f"the run ended: {outcome}", str(server.folder / coordinator.EVENTS))
-        deaths = 0 if _rounds(server.folder) > before or (code and code.group(1) == "RUN_QUORUM") else deaths + 1
+        deaths = 0 if code == "RUN_QUORUM" or _rounds(server.folder) > before else deaths + 1
         if deaths >= MAX_DEATHS:
             raise RunError("RUN_FLOWER", f"{deaths} runs died without a round: {outcome}", str(server.log))
         say(f"the run ended ({outcome}); a new one in {PAUSE_SECONDS:g} s")
@@ -168,8 +173,8 @@ class Superlink:
                 say(f"{name} is registered")
             known_path.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
-    def end_old_runs(self) -> None:
-        """Runs that an earlier server left: a pending one would start by itself, beside the new one."""
+    def _end_old_runs(self) -> None:
+        """Runs that were left over: a pending one would start by itself, beside the new one."""
         for run in self._runs():
             if not run["status"].startswith("finished"):
                 self._flwr("stop", str(run["run-id"]), NAME, may_fail=True)
@@ -180,18 +185,18 @@ class Superlink:
         Returns:
             A reason of `coordinator.FINAL`, or what went wrong: Flower's words, with a code of ours where there is one.
         """
+        self._end_old_runs()
         seen = max([offset for offset, _ in coordinator.events(self.folder)], default=0)
         bundle.write(self.home / "app")
         setting = f'{bundle.FOLDER_SETTING}="{self.folder}"'
         number = str(self._flwr("run", str(self.home / "app"), NAME, "-c", setting)["run-id"])
         say(f"run {number} is submitted")
         submitted = looked = time.monotonic()
-        begun, silent = False, 0
+        begun, silent, reason = False, 0, ""
         while True:
             time.sleep(1.0)
-            reason = ""
             for offset, event in coordinator.events(self.folder, seen):
-                seen, begun = offset, True
+                seen, begun, looked = offset, True, time.monotonic()
                 _tell(event, say)
                 if event.get("event") == "run_closed":
                     reason = event.get("reason", "")

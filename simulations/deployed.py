@@ -117,7 +117,14 @@ class Deployed:
             vendor = phantoms.vendor_for(number)
             phantoms.write_hospital(data, patients=site.patients, seed=number, vendor=vendor, size=64)
             self._passphrase(site.name)
-            options = ["--home", home, "--data", data, "--max-epsilon", str(self.study.privacy.epsilon)]
+            options: list[str | Path] = [
+                "--home",
+                home,
+                "--data",
+                data,
+                "--max-epsilon",
+                str(self.study.privacy.epsilon),
+            ]
             self._run("site", "init", "--kit", self.folder / "kits" / site.name, *options, site=site.name)
             shutil.copy(home / f"{site.name}.identity.json", post)
         identities = sorted(post.glob("*.identity.json"))
@@ -130,12 +137,12 @@ class Deployed:
     # ---- the study
 
     def start_server(self, **environment: str) -> None:
-        command = ["server", "start", "--folder", self.coordinator, "--study", self.agreed]
+        command: list[str | Path] = ["server", "start", "--folder", self.coordinator, "--study", self.agreed]
         self.server = self._spawn("coordinator", command, environment)
 
     def start_site(self, name: str, **environment: str) -> None:
         port = str(self.runtime_ports[name])
-        command = ["site", "start", "--home", self.home(name), "--runtime-port", port]
+        command: list[str | Path] = ["site", "start", "--home", self.home(name), "--runtime-port", port]
         self.sites[name] = self._spawn(name, command, {**self._sealed(name), **environment})
 
     def run(self, seconds: float) -> None:
