@@ -13,7 +13,7 @@ from fedmedgan.server.aggregation import RoundSum
 from fedmedgan.shared.errors import CryptoError, DataError, FedMedGanError, MessageError, PrivacyError
 from fedmedgan.shared.messages import Applied, Envelope, RoundOpen, Update, open_certificate
 from fedmedgan.shared.privacy.ledger import read as read_ledger
-from fedmedgan.shared.secure_sum import cipher
+from fedmedgan.shared.secure_sum import cipher, keys
 from fedmedgan.shared.secure_sum.cipher import AddOnly
 from fedmedgan.shared.secure_sum.proof import update_blobs
 from fedmedgan.simulations import consortium
@@ -350,3 +350,40 @@ def test_a_hospital_can_enter_a_second_study_and_both_are_in_its_ledger(keyed):
     history = read_ledger(home / "ledger.jsonl")
     assert len(history.spent()) == 2
     assert len(history.spent(second.hash)) == 1
+
+
+def test_an_old_sum_that_comes_again_costs_the_next_rounds_update_nothing(keyed):
+    """Else the server could have a round trained twice, and two updates sealed under the masks of one attempt."""
+    _, study = keyed
+    key_id = hospitals(keyed)[0].keys.key_id
+    first, _ = collect(keyed, open_round(study, 1, key_id=key_id))
+    for hospital in hospitals(keyed):
+        hospital.apply_sum(*first.certify())
+    opened = open_round(study, 2, key_id=key_id)
+    sent = hospitals(keyed)[0].local_update(opened)
+    spent = read_ledger(hospitals(keyed)[0].home / "ledger.jsonl").seq
+    again = hospitals(keyed)[0].apply_sum(*first.certify()).open(Applied, study)
+    assert again.round == 1
+    assert hospitals(keyed)[0].local_update(opened) == sent
+    assert read_ledger(hospitals(keyed)[0].home / "ledger.jsonl").seq == spent
+
+
+def test_the_same_cohort_again_is_sealed_only_under_a_later_key(keyed):
+    _, study = keyed
+    folder, _ = keyed
+    first = hospitals(keyed)[0]
+    names = [s.name for s in study.sites]
+    first.local_update(open_round(study, 1, names, 1, first.keys.key_id))
+    following = keys.new_epoch(2, tuple(names))
+    for home in consortium.homes(folder, study):
+        keys.store_next(home / "keys", following)
+        keys.activate_next(home / "keys", 1)
+    later = {"epoch": 2, "key_id": following.key_id}
+    hospital = hospitals(keyed)[0]
+    with pytest.raises(MessageError) as caught:
+        hospital.local_update(open_round(study, 1, names, 1).model_copy(update=later))
+    assert caught.value.code == "MSG_REPLAY"
+    hospital.local_update(open_round(study, 1, names[:3], 2).model_copy(update=later))
+    with pytest.raises(MessageError) as caught:
+        hospitals(keyed)[0].local_update(open_round(study, 1, names, 3).model_copy(update=later))
+    assert caught.value.code == "MSG_REPLAY", "never a larger one"
