@@ -157,3 +157,42 @@ def test_a_partition_lets_nothing_through_and_loses_nothing(proxy, kit, echo):
         with connected(kit, between.port):  # a new connection is not answered either
             assert time.monotonic() - began >= 0.4
     assert [fault.kind for fault in between.faults] == ["partition", "partition"]
+
+
+# ---- the study behind the proxy: what is made of its logs and times
+
+
+@pytest.fixture(scope="module")
+def network(proxy):
+    return importlib.import_module("faults.network")
+
+
+def test_every_third_connection_is_cut_and_few_others_are_spoiled(network):
+    kinds = [network.fault_of(number) for number in range(1, 181)]
+    assert [kind == "cut" for kind in kinds] == [number % 3 == 0 for number in range(1, 181)]
+    assert kinds.count("corrupt") == kinds.count("replay") == 180 // network.SPOIL_EVERY
+
+
+def test_a_recovery_lasts_from_a_fault_to_the_next_round(network, proxy):
+    faults = [proxy.Fault("cut", at, 1) for at in (1.0, 5.0, 9.0, 50.0)]
+    assert network.recovery(faults, [3.0, 10.0, 12.0]) == [2.0, 5.0, 1.0]  # nothing was completed after the last
+
+
+def test_errors_of_an_unknown_kind_are_told_from_those_that_the_faults_cause(network):
+    log = """INFO :      Received successfully
+\x1b[91mERROR \x1b[0m:     SSL/TLS handshake error detected.
+ERROR :     Exit Code: 305
+
+Failed to initialize the connection to the SuperLink.
+[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac (_ssl.c:2580)
+ERROR :     database is locked
+Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+ZeroDivisionError: division by zero
+error[LEDGER_FORK]: the ledger is another one
+"""
+    assert [line for line in network.complaints(log) if not network.expected(line)] == [
+        "ERROR :     database is locked",
+        "ZeroDivisionError: division by zero",
+        "error[LEDGER_FORK]: the ledger is another one",
+    ]
