@@ -242,7 +242,9 @@ EXPECTED = (
     r"SSL/TLS handshake error detected",
     r"ERROR\s*:\s*\[SSL: ",
     r"Exit Code: 305 .*\[SSL: ",
-    # then what its ClientApp says to it is not heard
+    # then what its ClientApp says to it is not heard or no longer wanted, and it is stopped, in a traceback too
+    r"Runtime task-token authentication failed",
+    r"INFO :\s+Task stopped\.",
     r"Failed to push (task output|reply message)",
     r"httpx\.(ConnectError|ReadError|RemoteProtocolError)|Connection(Refused|Reset)Error",
     # and its node counts as connected until it has missed its heartbeats: up to 60 s
