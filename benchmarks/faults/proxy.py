@@ -155,7 +155,8 @@ class Proxy:
                 return
             passed, connection.carried = passed + len(chunk), connection.carried + len(chunk)
             if connection.kind == "cut" and connection.carried > connection.cut_after:
-                self._note(connection)
+                if not connection.fault:  # the other direction may have got here in the same turn of the loop
+                    self._note(connection)
                 raise ConnectionResetError
             if upwards == connection.upwards and passed > HANDSHAKE_BYTES:
                 chunk = self._spoil(connection, chunk)
