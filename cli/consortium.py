@@ -49,13 +49,15 @@ def consortium(
     took = time.monotonic() - began
 
     def human(console: Console) -> None:
-        table = Table("party", "files", "rounds", "epsilon spent", "model")
-        table.add_row("coordinator", str(deployed.coordinator), "", "", "")
+        table = Table("hospital", "rounds", "epsilon spent", "model")
         for party in parties:
             spent = f"{party.epsilon:.3f} of {deployed.study.privacy.epsilon:g}"
-            table.add_row(party.name, str(party.home), str(party.rounds), spent, party.model_hash[:16])
+            table.add_row(party.name, str(party.rounds), spent, party.model_hash[:16])
         console.print(table)
-        console.print(f"kits in {deployed.folder / 'kits'}, logs in {deployed.folder / 'logs'}", soft_wrap=True)
+        places = {"coordinator": deployed.coordinator, **{party.name: party.home for party in parties}}
+        places |= {"kits": deployed.folder / "kits", "logs": deployed.folder / "logs"}
+        for name, place in places.items():
+            console.print(f"files of {name}: {place}", soft_wrap=True)
         console.print(f"{took:.0f} s", soft_wrap=True)
 
     data = {

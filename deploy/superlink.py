@@ -46,6 +46,8 @@ PAUSE_SECONDS = 20.0
 MAX_DEATHS = 10
 AGAIN = ("RUN_QUORUM", "RUN_JOURNAL", "RUN_FLOWER")
 """Errors that pass: hospitals come back, the run before lets go of the journal, Flower was too busy to answer."""
+WITHDRAWN = "withdrawn"
+"""Of a key that was registered once; Flower never takes it again."""
 CODE = re.compile(r"error\[([A-Z_]+)\]")
 COMMAND_SECONDS = 120.0
 
@@ -156,22 +158,40 @@ class Superlink:
             processes.stop(self.process)
 
     def register(self, say: Say) -> None:
-        """Hospitals of the kit may connect, and nobody else may any more."""
-        known_path = self.folder / "supernodes.json"
-        known: dict[str, dict[str, str]] = json.loads(known_path.read_text()) if known_path.exists() else {}
-        wanted = {path.stem: path for path in sorted((self.kit / "supernodes").glob("*.pub"))}
-        for name in sorted(known):
-            if name not in wanted or wanted[name].read_text() != known[name]["key"]:
-                self._flwr("supernode", "unregister", known[name]["node"], NAME)
-                del known[name]
-        for name, path in wanted.items():
-            if name not in known:
-                answer = self._flwr("supernode", "register", str(path), NAME, "--name", name, may_fail=True)
-                if not answer["success"] and "already in use" not in answer.get("error-message", ""):
-                    raise RunError("RUN_FLOWER", f"{name} cannot be registered: {answer['error-message']}", path.name)
-                known[name] = {"key": path.read_text(), "node": str(answer.get("node-id", ""))}
-                say(f"{name} is registered")
-            known_path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        """Hospitals of the kit may connect, and nobody else may any more. A key that was withdrawn stays so.
+
+        Raises:
+            RunError: RUN_FLOWER; KIT_CHANGED, a withdrawn key is back.
+        """
+        path = self.folder / "supernodes.json"
+        known: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.exists() else {}  # key -> name, node
+        wanted = {file.read_text().strip(): file for file in sorted((self.kit / "supernodes").glob("*.pub"))}
+        for key, entry in known.items():
+            if key not in wanted and entry["node"] != WITHDRAWN:
+                self._flwr("supernode", "unregister", entry["node"], NAME)
+                say(f"{entry['name']} is no longer registered")
+                entry["node"] = WITHDRAWN
+                path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        for key, file in wanted.items():
+            if key not in known:
+                known[key] = {"name": file.stem, "node": self._register(file, {e["node"] for e in known.values()})}
+                path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                say(f"{file.stem} is registered")
+            elif known[key]["node"] == WITHDRAWN:
+                hint = "remove that hospital's kit from the folder of kits, and make it a new one"
+                raise RunError("KIT_CHANGED", f"the key of {file.stem} was withdrawn", file.name, hint=hint)
+
+    def _register(self, public: Path, known: set[str]) -> str:
+        """Returns Flower's number of the node."""
+        answer = self._flwr("supernode", "register", str(public), NAME, "--name", public.stem, may_fail=True)
+        if answer["success"]:
+            return str(answer["node-id"])
+        if "already in use" in answer["error-message"]:  # killed between Flower's note of it and ours
+            nodes = self._flwr("supernode", "ls", NAME)["nodes"]
+            strangers = [n["node-id"] for n in nodes if n["status"] != "unregistered" and n["node-id"] not in known]
+            if len(strangers) == 1:
+                return str(strangers[0])
+        raise RunError("RUN_FLOWER", f"{public.stem} cannot be registered: {answer['error-message']}", str(self.log))
 
     def _end_old_runs(self) -> None:
         """Runs that were left over: a pending one would start by itself, beside the new one."""
