@@ -1,7 +1,7 @@
 """R13: every bad input of the security design's section 5, and the share that ended in the error of ours it should.
 
-The catalogue is tests/test_bad_input.py; its cases are run by pytest, each by itself, with those of other test files that
-it points at. A case holds when the exit code is 2, one line on stderr starts with the expected code, nothing was
+The catalogue is tests/test_bad_input.py; its cases are run by pytest, each by itself, with those of other test files
+that it points at. A case holds when the exit code is 2, one line on stderr starts with the expected code, nothing was
 written or lost and no marker of a patient is shown (what a person types), or when the function that meets such bytes
 raises just that error of ours (everything else).
 """
