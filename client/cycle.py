@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import rfc8785
@@ -61,6 +61,8 @@ class _Attempt:
     attempt: int = 0
     cohort: tuple[str, ...] = ()
     epoch: int = 0
+    sealed: bool = False
+    """Its update was masked: another one under the same masks would show the difference of the two."""
 
 
 class Hospital(Home):
@@ -150,9 +152,12 @@ class Hospital(Home):
         sent = self._outbox(opened)
         if sent is not None:
             return sent
-        self._remember_attempt(opened)
+        noted = self._remember_attempt(opened)
         start = (opened.round, self.model_hash, self.study.hash)
         if not self._update_file.exists() or self._stored_update()[0] != start:
+            if noted.sealed:
+                what = "the update that this attempt was sealed with is gone"
+                raise RunError("RUN_STATE", what, self._update_file.name)
             self._train(opened.round)  # an update of a round that is over, left by a crash, is replaced
         _, arrays, notes = self._stored_update()
         payload = self._seal(arrays["levels"].astype(np.int64), int(notes["saturated"]), opened)
@@ -170,6 +175,7 @@ class Hospital(Home):
             generator_loss=min(float(arrays["generator_loss"]), MAX_LOSS),
         )
         envelope = self._signed(header, payload)
+        self._note(replace(noted, sealed=True))
         checkpoint.write_bytes(self.home / OUTBOX, envelope.to_bytes())
         crash.point("client.sent-stored")
         return envelope
@@ -271,7 +277,7 @@ class Hospital(Home):
         trained = checkpoint.flatten(checkpoint.network_arrays(*self.networks))
         return losses, trained - checkpoint.flatten(self.model)
 
-    def _remember_attempt(self, opened: RoundOpen) -> None:
+    def _remember_attempt(self, opened: RoundOpen) -> _Attempt:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.
 
         Under a later key it may be the same cohort: its sum says no more than the rejected one did.
@@ -281,13 +287,18 @@ class Hospital(Home):
         """
         attempt, cohort, epoch = self._last_attempt(opened.round)
         same = set(opened.cohort) == cohort
-        again = opened.attempt == attempt and same and opened.epoch == epoch
+        if opened.attempt == attempt and same and opened.epoch == epoch:
+            return self._noted()
         smaller = not cohort or set(opened.cohort) < cohort or (same and opened.epoch > epoch)
-        if not (again or (opened.attempt > attempt and smaller)):
+        if not (opened.attempt > attempt and smaller):
             raise MessageError("MSG_REPLAY", "this round was already sealed for another cohort", "RoundOpen")
         latest = _Attempt(opened.round, opened.attempt, tuple(sorted(opened.cohort)), opened.epoch)
-        checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(asdict(latest)).encode())
+        self._note(latest)
         crash.point("client.attempt-noted")
+        return latest
+
+    def _note(self, attempt: _Attempt) -> None:
+        checkpoint.write_bytes(self.home / ATTEMPT, json.dumps(asdict(attempt)).encode())
 
     def _noted(self) -> _Attempt:
         return checkpoint.read_note(self.home / ATTEMPT, _Attempt, _Attempt())

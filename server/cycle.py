@@ -25,7 +25,7 @@ from flwr.serverapp import Grid
 from fedmedgan.server.aggregation import RoundSum
 from fedmedgan.server.journal import Journal
 from fedmedgan.server.key_epochs import KeyCeremony, Member
-from fedmedgan.server.wire import AWAY_SECONDS, POLL_SECONDS, NoAnswer, Wire, reason, sent
+from fedmedgan.server.wire import AWAY_SECONDS, MAX_REPLY_BYTES, POLL_SECONDS, NoAnswer, Wire, reason, sent
 from fedmedgan.server.worker import WorkerSum
 from fedmedgan.shared import crash
 from fedmedgan.shared.agreement import Agreement
@@ -45,6 +45,7 @@ from fedmedgan.shared.messages import (
     open_certificate,
     open_shown,
 )
+from fedmedgan.shared.secure_sum.cipher import max_frame_bytes
 from fedmedgan.shared.secure_sum.proof import update_blobs
 from fedmedgan.shared.study import MIN_SITES
 
@@ -179,7 +180,9 @@ class Coordinator:
             self.journal.open_attempt(opened)
             crash.point("server.attempt-opened")
             self.log.write("round_opened", round=number, attempt=opened.attempt, cohort=opened.cohort)
-            with WorkerSum(update_blobs(self.study, self.parameters)) as worker:
+            blobs = update_blobs(self.study, self.parameters)
+            self.wire.max_reply_bytes = max(MAX_REPLY_BYTES, max_frame_bytes(blobs, "update"))
+            with WorkerSum(blobs) as worker:
                 total = RoundSum(self.study, opened, worker, self.journal.model_hash(number - 1))
                 self._gather(total, worker, missing)
                 survivors = tuple(sorted(total.signed))
@@ -384,7 +387,7 @@ class Coordinator:
         approvals = tuple(Approval(hospital=n, signature=s) for n, s in sorted(self.agreement.signatures.items()))
         roll = Roll(study=self.study.hash, approvals=approvals, anchors=self.journal.anchors())
         message = Envelope.seal(roll, self.private)
-        asked: set[int] = set()
+        asked, pause = set[int](), POLL_SECONDS
         while True:
             online = self.wire.online()
             self.members = {name: member for name, member in self.members.items() if member.node in online}
@@ -395,10 +398,12 @@ class Coordinator:
                     self._enrol(node, sent(answer))
                 except (MessageError, NoAnswer) as problem:
                     self.log.write("node_refused", reason=reason(problem))
+                    if reason(problem) in ("RUN_NODE", "RUN_TIMEOUT"):  # not a no
+                        asked, pause = asked - {node}, min(60.0, 1.0 + 2 * pause)
             answered = len(asked) >= len(self.ceremony.members())  # whoever refused will not be there by waiting
             if not wait or answered or time.monotonic() > deadline:
                 return
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
 
     def _enrol(self, node: int, answer: Envelope) -> None:
         """A hospital has shown, by its signature, that it is behind this node."""

@@ -10,8 +10,10 @@ an answer comes twice                         the second one is not asked for
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import TypeVar
 
 from flwr.app import Message
@@ -22,6 +24,7 @@ from fedmedgan.shared.messages import Envelope, Refusal
 from fedmedgan.shared.study import Study
 
 K = TypeVar("K")
+R = TypeVar("R")
 
 POLL_SECONDS = 0.05
 RESEND_SECONDS = 60.0
@@ -30,7 +33,10 @@ AGAIN_SECONDS = 1.0
 MAX_RESTARTS = 2
 AWAY_SECONDS = 180.0
 """How long a node may be gone: Flower notices within a minute, and lets a killed one back in after another."""
-MAX_REPLY_BYTES = 4 << 30
+PULLS = 4
+"""Answers that are fetched at once: one that was cut half way blocks its fetch for minutes, and so nobody else's."""
+MAX_REPLY_BYTES = 16 << 20
+"""Of any answer but an update: the largest is a key offer, a wrapped key for each of a hundred hospitals."""
 _GONE, _DIED = (3, 4, 5), 8
 
 
@@ -47,6 +53,7 @@ class _Pending:
         self.sent_at = now
         self.restarts = 0
         self.gone_since: float | None = None
+        self.pull: Future[list[tuple[str, Message]]] | None = None
 
 
 class Wire:
@@ -54,6 +61,9 @@ class Wire:
 
     def __init__(self, grid: Grid, study: Study) -> None:
         self.grid, self.study = grid, study
+        self.max_reply_bytes = MAX_REPLY_BYTES
+        """A larger answer is refused before its parts are joined."""
+        self._pulls = threading.BoundedSemaphore(PULLS)
 
     def online(self) -> set[int]:
         return set(self.grid.get_node_ids())
@@ -76,20 +86,30 @@ class Wire:
         now = time.monotonic()
         deadline = now + seconds
         pending = {key: _Pending(node, now) for key, (node, _) in requests.items()}
-        while pending:
-            now = time.monotonic()
-            for key, state in list(pending.items()):
-                answer = self._answer(state, now)
-                if answer is None and state.gone_since is not None and now - state.gone_since > away_seconds:
-                    answer = NoAnswer("RUN_NODE")
-                if answer is None and now > deadline:
-                    answer = NoAnswer("RUN_TIMEOUT")
-                if answer is not None:
-                    del pending[key]
-                    yield key, self._without_refusal(key, answer)
-                elif now >= state.resend_at and (state.gone_since is None or state.node in self.online()):
-                    self._send(state, requests[key][1], message_type, now)
-            time.sleep(POLL_SECONDS)
+        try:
+            while pending:
+                now = time.monotonic()
+                for key, state in list(pending.items()):
+                    pending[key] = pending.pop(key)  # to the end of the row: everybody's answer is looked for in turn
+                    answer = self._answer(state, now)
+                    if answer is None and state.gone_since is not None and now - state.gone_since > away_seconds:
+                        answer = NoAnswer("RUN_NODE")
+                    if answer is None and now > deadline:
+                        answer = NoAnswer("RUN_TIMEOUT")
+                    if answer is not None:
+                        self._give_up(pending.pop(key))
+                        yield key, self._without_refusal(key, answer)
+                    elif now >= state.resend_at and (state.gone_since is None or state.node in self.online()):
+                        self._send(state, requests[key][1], message_type, now)
+                time.sleep(POLL_SECONDS)
+        finally:
+            for state in pending.values():
+                self._give_up(state)
+
+    def _give_up(self, state: _Pending) -> None:
+        """A pull that is still under way gives its place back when it ends."""
+        if state.pull is not None:
+            state.pull.add_done_callback(lambda _: self._pulls.release())
 
     def _send(self, state: _Pending, envelope: Envelope, message_type: str, now: float) -> None:
         message = Message(envelope.to_record(), dst_node_id=state.node, message_type=message_type)
@@ -99,19 +119,31 @@ class Wire:
 
     def _answer(self, state: _Pending, now: float) -> Envelope | NoAnswer | None:
         """The answer, if there is one; notes a node that is gone."""
-        for message_id in list(state.ids):  # one at a time: at most one answer is in memory here
-            for message in self.grid.pull_messages([message_id]):
-                state.ids.discard(message_id)
-                if not message.has_error():
-                    return _opened(message)
-                code = message.error.code
-                restart = code == _DIED and state.restarts < MAX_RESTARTS
-                if code not in _GONE and not restart:
-                    return NoAnswer("RUN_NODE")
-                state.restarts += restart
-                if not state.ids and state.gone_since is None:
-                    state.gone_since, state.resend_at = now, max(now, state.sent_at + AGAIN_SECONDS)
+        if state.pull is None and state.ids and self._pulls.acquire(blocking=False):
+            state.pull = _in_background(self._pull, tuple(state.ids))
+        if state.pull is None or not state.pull.done():
+            return None
+        pull, state.pull = state.pull, None
+        self._pulls.release()
+        for message_id, message in pull.result():
+            state.ids.discard(message_id)
+            if not message.has_error():
+                return _opened(message, self.max_reply_bytes)
+            code = message.error.code
+            restart = code == _DIED and state.restarts < MAX_RESTARTS
+            if code not in _GONE and not restart:
+                return NoAnswer("RUN_NODE")
+            state.restarts += restart
+            if not state.ids and state.gone_since is None:
+                state.gone_since, state.resend_at = now, max(now, state.sent_at + AGAIN_SECONDS)
         return None
+
+    def _pull(self, ids: tuple[str, ...]) -> list[tuple[str, Message]]:
+        """The first of these messages that has an answer, with the answer."""
+        for message_id in ids:
+            for message in self.grid.pull_messages([message_id]):
+                return [(message_id, message)]
+        return []
 
     def _without_refusal(self, key: object, answer: Envelope | NoAnswer) -> Envelope | NoAnswer:
         """A no counts only when it is signed by the hospital that was asked."""
@@ -124,9 +156,23 @@ class Wire:
         return NoAnswer(refusal.code if key == refusal.hospital or not isinstance(key, str) else "MSG_SENDER")
 
 
-def _opened(answer: Message) -> Envelope | NoAnswer:
+def _in_background(work: Callable[..., R], *arguments: object) -> Future[R]:
+    """Run in a thread that does not keep the process from ending."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:  # told where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _opened(answer: Message, max_bytes: int) -> Envelope | NoAnswer:
     try:
-        return Envelope.from_record(answer.content, MAX_REPLY_BYTES)
+        return Envelope.from_record(answer.content, max_bytes)
     except MessageError as error:
         return NoAnswer(error.code)
 

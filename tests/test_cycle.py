@@ -10,7 +10,7 @@ import pytest
 from fedmedgan.client import checkpoint
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.server.aggregation import RoundSum
-from fedmedgan.shared.errors import CryptoError, DataError, FedMedGanError, MessageError, PrivacyError
+from fedmedgan.shared.errors import CryptoError, DataError, FedMedGanError, MessageError, PrivacyError, RunError
 from fedmedgan.shared.messages import Applied, Envelope, RoundOpen, Update, open_certificate
 from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, keys
@@ -180,6 +180,19 @@ def test_the_same_attempt_is_answered_again_without_training_or_charge(keyed):
     again = hospitals(keyed)[0].local_update(opened)
     assert read_ledger(first.home / "ledger.jsonl").seq == seq
     assert through_the_wire(again).open(Update, study).round == 1
+
+
+def test_no_other_update_is_ever_sealed_under_the_masks_of_an_attempt(keyed):
+    """As after a disk fault: the difference of two updates under the same masks would be readable."""
+    _, study = keyed
+    hospital = hospitals(keyed)[0]
+    opened = open_round(study, 1, key_id=hospital.keys.key_id)
+    hospital.local_update(opened)
+    for name in ("update.safetensors", "outbox.msg"):
+        (hospital.home / name).unlink()
+    with pytest.raises(RunError) as caught:
+        hospitals(keyed)[0].local_update(opened)
+    assert caught.value.code == "RUN_STATE"
 
 
 @pytest.mark.parametrize(
