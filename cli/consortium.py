@@ -21,7 +21,7 @@ def consortium(
         Path | None, typer.Argument(metavar="[STUDY]", help="Study without keys; a short one by default.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder, new or empty; default runs/consortium-TIME.")] = None,
-    seconds: Annotated[float, typer.Option(help="Longest time that the study may take.")] = 3600.0,
+    seconds: Annotated[float, typer.Option(min=1, max=604_800, help="Longest time that the study may take.")] = 3600.0,
 ) -> None:
     """Run a short study with TLS, node authentication, kits and homes of their own, and say where everything is.
 

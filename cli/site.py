@@ -82,7 +82,7 @@ def rotate(home: Home, passphrase_file: Passphrase = None) -> None:
 
     use_passphrase(passphrase_file)
     number = allow_rotation(home)
-    said = f"key epoch {number} may be replaced; it happens before the next round"
+    said = f"key epoch {number} may be replaced: before the next round, once every hospital that rejected sums allows it"
     output.emit({"epoch": number}, lambda console: console.print(said, soft_wrap=True))
 
 
@@ -94,5 +94,5 @@ def leave(home: Home, yes: Annotated[bool, typer.Option("--yes", help="Do not as
     if not yes and not typer.confirm("Leave the study for good?", err=output.wants_json()):
         raise typer.Exit(1)
     leave_study(home)
-    said = "left: the coordinator is told with this hospital's next answer"
+    said = "left: the coordinator is told at its next roll call, so let the SuperNode run until then"
     output.emit({"left": True}, lambda console: console.print(said, soft_wrap=True))

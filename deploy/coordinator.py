@@ -117,8 +117,11 @@ def status(folder: Path) -> dict[str, Any]:
     """Study, rounds, who took part last, and whether the server runs.
 
     Raises:
-        StudyError: the folder holds no study.
+        RunError: RUN_PATH, the folder holds no study. StudyError: it is damaged.
     """
+    if not (folder / STUDY).exists():
+        hint = "`fedmedgan server init` makes the folder, `server start --study` gives it a study"
+        raise RunError("RUN_PATH", "the coordinator has no study yet", str(folder), hint=hint)
     agreement = Agreement.load(folder / STUDY)
     last: dict[str, dict[str, Any]] = {}
     for _, event in events(folder):

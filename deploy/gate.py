@@ -9,7 +9,7 @@ a ClientApp, with any other bundle          refused: an error to the server, a l
 an agent, a ServerApp, a model, a plug-in   refused alike: the coordinator decides the kind of a task
 Flower of another version                   refused: the private names below may no longer be what they were
 
-The gate replaces three private names of Flower 1.41.0 (tests/test_gate.py pushes a hostile bundle through a real
+The gate replaces four private names of Flower 1.41.0 (tests/test_gate.py pushes a hostile bundle through a real
 SuperLink and SuperNode, and watches the same bundle run its code where there is no gate).
 """
 

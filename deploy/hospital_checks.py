@@ -112,12 +112,16 @@ def study(place: Place) -> str:
     if listed != (own.signing_public, own.exchange_public, own.wrapping_public):
         raise StudyError("STUDY_KEYS", "the study lists other keys for this hospital", "study.json")
     rules.grant(agreed)
-    agreement.require_all()
+    if site.name not in agreement.signatures:
+        raise StudyError("STUDY_SIGNATURE", "this hospital has not signed the study", "study.json")
     if (place.home / LEFT).exists():
         raise RunError("RUN_LEFT", "this hospital has left", agreed.name)
     if not (place.home / ROTATION_ALLOWED).exists():
         KeyEpochs(place.home, agreed, rules, own, applied_round=0).check_running()
-    return f"{agreed.name}, granted by the policy, signed by all {len(agreed.sites)} hospitals"
+    others = f"signed by all {len(agreed.sites)} hospitals"
+    if agreement.missing():
+        others = "signed by this hospital; the others' signatures come with the first roll call"
+    return f"{agreed.name}, granted by the policy, {others}"
 
 
 @check("model")
@@ -138,7 +142,8 @@ def ledger(place: Place) -> str:
     if history.hospital not in ("", own):
         raise PrivacyError("LEDGER_OWNER", f"it belongs to {history.hospital!r}", "ledger.jsonl")
     history.check_anchor(int(notes.get("ledger_seq", 0)), str(notes.get("ledger_head", "")))
-    history.check_anchor(*anchors.load(place.home).get(own, (0, "")))
+    signing = HospitalKeys.load(place.home / "keys").signing_public
+    history.check_anchor(*anchors.load(place.home).get(signing, (0, "")))
     opened = {record.body["study"] for record in history.records if record.kind == "open"}
     if (place.home / "study.json").exists() and place.agreement().study.hash not in opened:
         raise PrivacyError("LEDGER_ROLLBACK", "the study was joined, the ledger does not hold it", "ledger.jsonl")
@@ -184,5 +189,5 @@ def _noise(place: Place) -> float:
     try:
         return float(json.loads((place.home / NOISE).read_text(encoding="utf-8"))["noise_multiplier"])
     except (OSError, ValueError, KeyError, TypeError):
-        hint = "sign the study again, which writes it: `fedmedgan site sign`"
+        hint = "sign the study again, which writes it: `fedmedgan study sign`"
         raise StudyError("CONFIG_NOT_FOUND", "the study's noise is not here", NOISE, hint=hint) from None

@@ -13,6 +13,7 @@ again, a hospital's kit was sent and gone   nothing: its public key in the coord
 again, a hospital removed                   its key leaves the coordinator's kit
 again, another host, port or name           KIT_CONFIG: kits that were sent would be wrong
 server certificate ends within 90 days      renewed
+the CA's key is kept elsewhere              KIT_PATH: a new CA would shut the others out
 killed half way                             a kit appears whole or not at all; make again
 """
 
@@ -145,7 +146,14 @@ def _check_earlier(consortium: Consortium, out: Path) -> None:
 
 
 def _ca(folder: Path, name: str) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """The CA of this folder, made once."""
+    """The CA of this folder, made once; not again once kits were made with it: hospitals would not know it.
+
+    Raises:
+        RunError: KIT_PATH.
+    """
+    if not folder.exists() and (folder.parent / "coordinator").exists():
+        hint = "put the folder `ca` back beside the kits while kits are made"
+        raise RunError("KIT_PATH", "the certificate authority of these kits is not here", str(folder), hint=hint)
     if not folder.exists():
         part = _fresh(folder)
         key, certificate = certificates.make_ca(name)

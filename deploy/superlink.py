@@ -43,6 +43,7 @@ MAX_SILENT = 3
 """Questions that may go without an answer; a SuperLink that is busy with an update is slow."""
 PAUSE_SECONDS = 20.0
 """Before a further run, so that what holds the journal is gone; and for hospitals to come back."""
+FORGET_SECONDS = 60.0
 MAX_DEATHS = 10
 AGAIN = ("RUN_QUORUM", "RUN_JOURNAL", "RUN_FLOWER")
 """Errors that pass: hospitals come back, the run before lets go of the journal, Flower was too busy to answer."""
@@ -77,7 +78,9 @@ def start(folder: Path, study: Path | None = None, say: Say = lambda line: None)
             server.start(say)
             server.register(say)
             say(f"study {agreement.study.name}: hospitals come to {consortium.coordinator.address}")
-            return _keep_going(server, say)
+            outcome = _keep_going(server, say)
+            server.forget()
+            return outcome
         except processes.Stopped:
             say("stopping")
             return "stopped"
@@ -248,6 +251,19 @@ class Superlink:
                 self.stop()
                 self.start(say)
                 submitted = time.monotonic()
+
+    def forget(self) -> None:
+        """Make Flower delete what the hospitals sent: it keeps a run's messages until the finished run is listed."""
+        deadline = time.monotonic() + FORGET_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                runs = self._runs()
+            except RunError:
+                return
+            if all(run["status"].startswith("finished") for run in runs):
+                self._runs()
+                return
+            time.sleep(1.0)
 
     def _run(self, number: str) -> dict[str, Any] | None:
         """What Flower says about a run; None where it says nothing."""

@@ -54,7 +54,7 @@ def start(home: Path, *, runtime_port: int | None = None, say: Callable[[str], N
         say: gets a line for people now and then.
 
     Raises:
-        RunError: KIT_*, RUN_PATH, RUN_LEFT; RUN_FLOWER, Flower is not the one that the gate was made for.
+        RunError: KIT_*, RUN_PATH; RUN_FLOWER, Flower is not the one that the gate was made for.
         StudyError, CryptoError: the home is not ready.
     """
     home = home.resolve()
@@ -89,7 +89,6 @@ def start(home: Path, *, runtime_port: int | None = None, say: Callable[[str], N
 
 def _require_ready(home: Path) -> SiteConfig:
     """What a round needs and a person has to mend is noticed now, not in the middle of a round."""
-    from fedmedgan.client.joining import LEFT
     from fedmedgan.client.policy import Policy
     from fedmedgan.shared.secure_sum.keys import HospitalKeys
 
@@ -103,6 +102,4 @@ def _require_ready(home: Path) -> SiteConfig:
     agreement = Agreement.load(home / "study.json")
     if policy.site not in agreement.signatures:
         raise StudyError("STUDY_SIGNATURE", "this hospital has not signed the study", "study.json")
-    if (home / LEFT).exists():
-        raise RunError("RUN_LEFT", "this hospital has left the study", agreement.study.name)
     return config

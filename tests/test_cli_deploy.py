@@ -167,7 +167,6 @@ def test_init_again_keeps_the_coordinators_key_and_takes_the_newer_kit(ready):
         (lambda home: (home / "study.json").unlink(), "CONFIG_NOT_FOUND"),
         (lambda home: shutil.rmtree(home / "keys"), "KEY_MISSING"),
         (lambda home: (home / "keys/identity.key").chmod(0o644), "KEY_PERMISSIONS"),
-        (lambda home: (home / "left").touch(), "RUN_LEFT"),
     ],
 )
 def test_a_home_that_is_not_ready_does_not_start(ready, spoil, code):

@@ -684,7 +684,8 @@ def test_a_ledger_that_is_damaged_shortened_or_gone(place):
     failed(hospital_checks.ledger(place), "LEDGER_FORK")
     (place.home / "model.safetensors").unlink()
     assert hospital_checks.ledger(place).ok == "ok"
-    (place.home / "anchors.json").write_text(json.dumps({SITE: [whole.seq, whole.head]}))
+    signing = HospitalKeys.load(place.home / "keys").signing_public
+    (place.home / "anchors.json").write_text(json.dumps({signing: [whole.seq, whole.head]}))
     failed(hospital_checks.ledger(place), "LEDGER_FORK")
     (place.home / "anchors.json").unlink()
     path.unlink()

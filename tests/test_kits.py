@@ -133,6 +133,16 @@ def test_a_wheel_goes_into_the_kits_and_is_what_they_install(tmp_path):
 # ---- making again
 
 
+def test_without_its_ca_no_kit_is_made(made):
+    """A new CA would give the coordinator a certificate that no hospital with an older kit trusts."""
+    (made / "ca").rename(made.parent / "elsewhere")
+    with pytest.raises(RunError) as caught:
+        kits.make(consortium(), made)
+    assert caught.value.code == "KIT_PATH"
+    (made.parent / "elsewhere").rename(made / "ca")
+    assert kits.make(consortium(), made).new == ()
+
+
 def test_one_hospital_more_touches_nobody_elses_kit(made):
     before = {name: contents(made / name) for name in (*NAMES, "ca")}
     done = kits.make(consortium(*NAMES, "east"), made)
