@@ -18,9 +18,8 @@ from rich.text import Text
 
 from fedmedgan.shared.errors import FedMedGanError
 from fedmedgan.shared.study import Study
-from fedmedgan.simulations.record import (
+from fedmedgan.simulations.events import (
     CoordinatorEvent,
-    EventFile,
     RoundAggregated,
     RoundApplied,
     RoundOpened,
@@ -29,9 +28,8 @@ from fedmedgan.simulations.record import (
     SiteMissing,
     Trained,
     UpdateAccepted,
-    bytes_text,
-    seconds_text,
 )
+from fedmedgan.simulations.record import EventFile, bytes_text, seconds_text
 
 POLL_SECONDS = 0.3
 

@@ -18,274 +18,50 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmedgan.shared.errors import FedMedGanError, RunError
-from fedmedgan.shared.study import SiteName, Study, from_dict
-
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-RoundNumber = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ModelHash = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
-"""Empty where no round was applied."""
-
-
-# ---- the coordinator's events
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class RunOpened:
-    """The hospitals have answered the roll call."""
-
-    event: Literal["run_opened"]
-    time: float
-    study_hash: Digest
-    sites: tuple[SiteName, ...]
-    parameters: Count
-    float32_bytes: Count
-    """One update as plaintext float32, for comparison."""
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class RoundOpened:
-    event: Literal["round_opened"]
-    time: float
-    round: RoundNumber
-    attempt: RoundNumber
-    cohort: tuple[SiteName, ...]
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class UpdateAccepted:
-    event: Literal["update_accepted"]
-    time: float
-    round: RoundNumber
-    attempt: RoundNumber
-    site: SiteName
-    bytes_up: Count
-    generator_loss: float
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class SiteMissing:
-    event: Literal["site_missing"]
-    time: float
-    round: RoundNumber
-    attempt: RoundNumber
-    site: SiteName
-    reason: str
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class AggregationSeconds:
-    local: Seconds
-    """Wall time from opening the attempt to its last update."""
-    aggregation: Seconds
-    """Spent on verifying and adding; most of it while other hospitals still train, so inside `local`."""
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class RoundAggregated:
-    event: Literal["round_aggregated"]
-    time: float
-    round: RoundNumber
-    attempt: RoundNumber
-    cohort: tuple[SiteName, ...]
-    bytes_down: Count
-    """One copy of the encrypted sum; every hospital is sent one."""
-    seconds: AggregationSeconds
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class BroadcastSeconds:
-    broadcast: Seconds
-    """Wall time from sending the sum to the last answer, so the hospitals' phase 4 is inside."""
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class RoundApplied:
-    event: Literal["round_applied"]
-    time: float
-    round: RoundNumber
-    sites: tuple[SiteName, ...]
-    model_hash: ModelHash
-    generator_loss: float
-    """Mean over the cohort."""
-    seconds: BroadcastSeconds
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class NodeRefused:
-    """Somebody called who could not show to be a hospital of the roster, or could not be given the key."""
-
-    event: Literal["node_refused"]
-    time: float
-    reason: str
-    site: SiteName = "unknown"
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class EpochOpened:
-    """The hospitals have a new key."""
-
-    event: Literal["epoch_opened"]
-    time: float
-    epoch: RoundNumber
-    leader: SiteName
-    members: tuple[SiteName, ...]
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class EpochFailed:
-    """A leader could not give everybody a key; the next one is asked."""
-
-    event: Literal["epoch_failed"]
-    time: float
-    epoch: RoundNumber
-    leader: SiteName
-    reason: str
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class SiteLeft:
-    event: Literal["site_left"]
-    time: float
-    site: SiteName
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class WorkerRestarted:
-    """An upload ended the process that adds."""
-
-    event: Literal["worker_restarted"]
-    time: float
-    round: RoundNumber
-    site: SiteName
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class RunClosed:
-    event: Literal["run_closed"]
-    time: float
-    rounds: Count
-    reason: Literal["rounds", "converged", "budget", "quorum", "failed"]
-    model_hash: ModelHash
-
-
-# ---- a hospital's events
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class DataLoaded:
-    event: Literal["data_loaded"]
-    time: float
-    images: Count
-    patients: Count
-    refused: dict[str, Count]
-    """Why files were left out: code -> number."""
-    seconds: Seconds
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class Trained:
-    event: Literal["trained"]
-    time: float
-    round: RoundNumber
-    steps: Count
-    seconds: Seconds
-    generator_loss: float
-    discriminator_fake_loss: float
-    epsilon: Annotated[float, Field(ge=0)]
-    """Spent in this study after this round."""
-    ceiling: Annotated[float, Field(gt=0)]
-    noise_multiplier: Annotated[float, Field(ge=0)]
-    sampling_rate: Annotated[float, Field(gt=0, le=1)]
-    quantize_seconds: Seconds = 0.0
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class EncryptSeconds:
-    seal: Seconds
-    encrypt: Seconds
-    quantize: Seconds = 0.0
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class Encrypted:
-    event: Literal["encrypted"]
-    time: float
-    round: RoundNumber
-    attempt: RoundNumber
-    seconds: EncryptSeconds
-    saturated: Count
-    """Values that were limited to the study's update range."""
-    values: Annotated[int, Field(ge=1)]
-    bytes_up: Count
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class UpdateSeconds:
-    decrypt: Seconds
-    check: Seconds
-    apply: Seconds
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class Updated:
-    event: Literal["updated"]
-    time: float
-    round: RoundNumber
-    seconds: UpdateSeconds
-    model_hash: Digest
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class Trouble:
-    """A request that the hospital refused or failed. The text is the hospital's own: it is never shown."""
-
-    event: Literal["refused", "failed"]
-    time: float
-    error: str
-
-
-CoordinatorEvent = (
-    RunOpened
-    | RoundOpened
-    | UpdateAccepted
-    | SiteMissing
-    | RoundAggregated
-    | RoundApplied
-    | NodeRefused
-    | RunClosed
-    | EpochOpened
-    | EpochFailed
-    | SiteLeft
-    | WorkerRestarted
+from fedmedgan.shared.study import Study, from_dict
+from fedmedgan.simulations.events import (
+    COORDINATOR,
+    HOSPITAL,
+    STRICT,
+    CoordinatorEvent,
+    Count,
+    DataLoaded,
+    Digest,
+    Encrypted,
+    HospitalEvent,
+    NodeRefused,
+    RoundAggregated,
+    RoundApplied,
+    RoundOpened,
+    RunClosed,
+    RunOpened,
+    Seconds,
+    SiteMissing,
+    Trained,
+    Trouble,
+    UpdateAccepted,
+    Updated,
 )
-HospitalEvent = DataLoaded | Trained | Encrypted | Updated | Trouble
 
 E = TypeVar("E")
-_BY_NAME = Field(discriminator="event")
-_COORDINATOR: TypeAdapter[CoordinatorEvent] = TypeAdapter(Annotated[CoordinatorEvent, _BY_NAME])
-_HOSPITAL: TypeAdapter[HospitalEvent] = TypeAdapter(Annotated[HospitalEvent, _BY_NAME])
 
 
 # ---- the comparison arms
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=STRICT)
 class Score:
     mean: float
     std: Annotated[float, Field(ge=0)]
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=STRICT)
 class Utility:
     """Train on synthetic, test on real: of a classifier that learned from generated images alone."""
 
@@ -297,7 +73,7 @@ class Utility:
     """Number of real images."""
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=STRICT)
 class Arm:
     name: Annotated[str, Field(pattern=r"^(federated|no-privacy|alone-[a-z0-9][a-z0-9-]{0,30})$")]
     label: str
@@ -310,7 +86,7 @@ class Arm:
     images: Annotated[str, Field(pattern=r"^arms/[a-z0-9-]+\.npz$")] | None = None
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=STRICT)
 class RealBaseline:
     """The same classifier trained on real images: what no synthetic image can be expected to beat."""
 
@@ -318,13 +94,13 @@ class RealBaseline:
     label: str
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=STRICT)
 class _Arms:
     arms: tuple[Arm, ...]
     real: RealBaseline | None = None
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=STRICT)
 class _StudyFile:
     hash: Digest
     study: dict[str, Any]
@@ -458,12 +234,12 @@ class EventFile(Generic[E]):
 
     @staticmethod
     def of_coordinator(run_folder: Path) -> EventFile[CoordinatorEvent]:
-        return EventFile(run_folder / "events.jsonl", _COORDINATOR, "events.jsonl")
+        return EventFile(run_folder / "events.jsonl", COORDINATOR, "events.jsonl")
 
     @staticmethod
     def of_hospital(run_folder: Path, site: str) -> EventFile[HospitalEvent]:
         where = f"hospitals/{site}/events.jsonl"
-        return EventFile(run_folder / where, _HOSPITAL, where)
+        return EventFile(run_folder / where, HOSPITAL, where)
 
     def new(self) -> list[E]:
         """The events since the last call; none while there is no file.
