@@ -54,9 +54,10 @@ def status(folder: Folder) -> None:
     now = coordinator.status(folder)
 
     def human(console: Console) -> None:
-        running = "running" if now["running"] else "not running"
+        state = f"the study has ended ({now['ended']})" if now["ended"] else "not running"
+        state = "the server is running" if now["running"] else state
         console.print(f"study {now['study']}  hash {now['hash']}", soft_wrap=True)
-        console.print(f"round {now['round']} of {now['rounds']}, server {now['ended'] or running}", soft_wrap=True)
+        console.print(f"round {now['round']} of {now['rounds']}; {state}", soft_wrap=True)
         if now["round"]:
             sites = ", ".join(now["sites"])
             console.print(f"model {now['model_hash']} at {sites}", soft_wrap=True)

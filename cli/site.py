@@ -82,7 +82,9 @@ def rotate(home: Home, passphrase_file: Passphrase = None) -> None:
 
     use_passphrase(passphrase_file)
     number = allow_rotation(home)
-    said = f"key epoch {number} may be replaced: before the next round, once every hospital that rejected sums allows it"
+    said = (
+        f"key epoch {number} may be replaced: before the next round, once every hospital that rejected sums allows it"
+    )
     output.emit({"epoch": number}, lambda console: console.print(said, soft_wrap=True))
 
 
