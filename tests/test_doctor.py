@@ -684,7 +684,7 @@ def test_a_ledger_that_is_damaged_shortened_or_gone(place):
     failed(hospital_checks.ledger(place), "LEDGER_FORK")
     (place.home / "model.safetensors").unlink()
     assert hospital_checks.ledger(place).ok == "ok"
-    signing = HospitalKeys.load(place.home / "keys").signing_public
+    signing = keys.HospitalKeys.load(place.home / "keys").signing_public
     (place.home / "anchors.json").write_text(json.dumps({signing: [whole.seq, whole.head]}))
     failed(hospital_checks.ledger(place), "LEDGER_FORK")
     (place.home / "anchors.json").unlink()

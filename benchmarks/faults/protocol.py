@@ -12,6 +12,7 @@ R8  20 times SIGKILL for the coordinator at a random moment
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -33,10 +34,12 @@ from faults.invariants import violations
 from faults.process_grid import ProcessGrid, random_drops
 from fedmedgan.client import checkpoint
 from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.server import app as server
 from fedmedgan.server.journal import Journal
 from fedmedgan.shared import crash
 from fedmedgan.shared.messages import Certificate, Envelope, parse
+from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.ledger import read as read_ledger
 from fedmedgan.shared.secure_sum import keys
 from fedmedgan.shared.study import MIN_SITES, Study, from_dict
@@ -64,8 +67,8 @@ def measure(size: float) -> list[Figure]:
         ]
 
 
-def tiny(sites: int, rounds: int, epsilon: float = 20.0) -> Study:
-    """A study whose round takes a second."""
+def tiny(sites: int, rounds: int) -> Study:
+    """A study whose round takes a second: little data, and noise at which accounting is quick."""
     return from_dict(
         {
             "name": "faults",
@@ -74,7 +77,7 @@ def tiny(sites: int, rounds: int, epsilon: float = 20.0) -> Study:
             "images": {"size": 28},
             "gan": {"generator_width": 4, "discriminator_width": 4, "latent": 8},
             "training": {"rounds": rounds, "local_steps": 1, "patients_per_step": 6, "discriminator_steps": 1},
-            "privacy": {"delta": 0.01, "epsilon": epsilon},
+            "privacy": {"delta": 0.01, "epsilon": 0.8 * rounds**0.5},
             "secure_sum": {"rotate_every": 2},
         }
     )
@@ -88,6 +91,17 @@ class Prepared:
         self.study = consortium.prepare(study, folder / "prepared", {})
         consortium.read_data(folder / "prepared", self.study)
         self.runs = 0
+        self._warm()
+
+    def _warm(self) -> None:
+        """What a hospital imports and works out when it trains, here once instead of in each forked process."""
+        for name in ("opacus.optimizers", "opacus.grad_sample", "torch._dynamo"):
+            importlib.import_module(name)
+        hospital = Hospital(consortium.homes(self.folder / "prepared", self.study)[0])
+        rate = self.study.sampling_rate(hospital.site)
+        for steps in range(1, self.study.total_steps + 3):
+            for accountant in ENFORCED.values():
+                accountant([TrainingSteps(hospital.sigma, rate, steps)], self.study.privacy.delta)
 
     def copy(self) -> Path:
         self.runs += 1
