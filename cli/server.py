@@ -36,10 +36,13 @@ def init(kit: Annotated[Path, typer.Option(help="The coordinator's start-up kit.
 def start(
     folder: Folder,
     study: Annotated[Path | None, typer.Option(help="The study, signed by all; needed the first time.")] = None,
+    catch_up: Annotated[
+        bool, typer.Option("--catch-up", help="After the end, for hospitals that were away for the last sums.")
+    ] = False,
 ) -> None:
     """Run the study until it has ended. Started again after a crash, it goes on where it was."""
     log = output.console()
-    reason = superlink.start(folder, study, lambda line: log.print(escape(line), soft_wrap=True))
+    reason = superlink.start(folder, study, lambda line: log.print(escape(line), soft_wrap=True), catch_up=catch_up)
     status = coordinator.status(folder)
 
     def human(console: Console) -> None:

@@ -55,13 +55,14 @@ COMMAND_SECONDS = 120.0
 Say = Callable[[str], None]
 
 
-def start(folder: Path, study: Path | None = None, say: Say = lambda line: None) -> str:
+def start(folder: Path, study: Path | None = None, say: Say = lambda line: None, *, catch_up: bool = False) -> str:
     """Run the study to its end. Returns the reason of its end.
 
     Args:
         folder: the coordinator's folder, made by `coordinator.init`.
         study: the study, signed by all hospitals; None: the one that the folder holds.
         say: gets a line for people now and then.
+        catch_up: start although the study has ended, for hospitals that were away for its last sums.
 
     Raises:
         RunError, StudyError, CryptoError: the folder is not ready (see `coordinator.take_study`); RUN_FLOWER.
@@ -70,7 +71,7 @@ def start(folder: Path, study: Path | None = None, say: Say = lambda line: None)
     if '"' in str(folder) or "'" in str(folder):  # Flower's own notation for settings cannot carry them
         raise RunError("RUN_PATH", "the path contains a quotation mark", str(folder), hint="choose another folder")
     consortium, agreement = coordinator.take_study(folder, study)
-    if ended := coordinator.ending(folder):
+    if (ended := coordinator.ending(folder)) and not catch_up:
         return ended
     with processes.only_one(folder / LOCK) as lock, processes.stoppable():
         server = Superlink(folder, consortium, lock)

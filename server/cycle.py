@@ -101,13 +101,12 @@ class Coordinator:
                 self._renew_key(first)
             why, number = "failed", first - 1
             try:
-                for number in range(first, self.study.training.rounds + 1):
+                while number < self.study.training.rounds and not self._converged(losses):
+                    number += 1
                     losses.append(self.round(number))
-                    if self._converged(losses):
-                        why = "converged"
-                        break
-                else:
-                    why = "rounds"
+                self._call_roll()
+                self._catch_up(number + 1)  # whoever came back during the last round
+                why = "converged" if self._converged(losses) else "rounds"
             except _BudgetSpent:
                 why, number = "budget", number - 1
             except RunError:

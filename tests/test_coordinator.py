@@ -89,6 +89,16 @@ def test_a_coordinator_that_is_started_again_goes_on_with_the_next_round(prepare
     assert len(hashes(prepared)) == 1
 
 
+def test_a_hospital_that_was_away_at_the_end_is_sent_the_last_sums_later(prepared):
+    grid = LocalGrid(prepared, absent=lambda node, polls: node == 3 and polls > 2)
+    coordinator(prepared, grid).run()
+    assert len(hashes(prepared)) == 2
+    coordinator(prepared, LocalGrid(prepared)).run()  # after the end: `server start --catch-up`
+    assert len(hashes(prepared)) == 1
+    assert len([e for e in events(prepared) if e["event"] == "round_aggregated"]) == 2
+    assert {e["reason"] for e in events(prepared) if e["event"] == "run_closed"} == {"rounds"}
+
+
 def test_two_models_stop_the_run(prepared):
     first = coordinator(prepared, LocalGrid(prepared))
     first._call_roll(wait=True)
