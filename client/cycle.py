@@ -429,6 +429,8 @@ class Hospital(Home):
         if next(iter(updates.values())).model_hash != self.model_hash:
             raise ModelError("MODEL_DIVERGED", "the cohort trained another model than ours", "Certificate")
         if self.site.name in updates:
+            own = updates[self.site.name]  # our own words of how long our ledger was
+            self._ledger_history().check_anchor(own.ledger_seq, own.ledger_head)
             sent = self._outbox(certificate)
             if sent is None or sent.shown() not in certificate.updates:
                 raise MessageError(

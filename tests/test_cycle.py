@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -193,6 +194,19 @@ def test_no_other_update_is_ever_sealed_under_the_masks_of_an_attempt(keyed):
     with pytest.raises(RunError) as caught:
         hospitals(keyed)[0].local_update(opened)
     assert caught.value.code == "RUN_STATE"
+
+
+def test_a_home_that_was_put_back_is_told_by_its_own_words_in_the_certificate(keyed, tmp_path):
+    """Also where the server hides what it has seen: the sum cannot be certified without them."""
+    _, study = keyed
+    home = hospitals(keyed)[0].home
+    shutil.copytree(home, tmp_path / "earlier")
+    total, _ = collect(keyed, open_round(study, 1, key_id=hospitals(keyed)[0].keys.key_id))
+    shutil.rmtree(home)
+    shutil.copytree(tmp_path / "earlier", home)
+    with pytest.raises(PrivacyError) as caught:
+        Hospital(home).apply_sum(*total.certify())
+    assert caught.value.code == "LEDGER_ROLLBACK"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Real hospitals, real training, real ciphertexts, real journal; a process a messa
 
 R2  each crash point of a hospital, three times: invariants I1 to I8 (invariants.py), and the study ends
 R3  each crash point of the coordinator, three times: the study goes on and ends with the undisturbed run's model
-R5  ledgers put back, removed, continued twice: noticed by the hospital, by the server's anchors, or by its peers
 R6  5 hospitals, 30 rounds, each absent with a chance of 0.2: every sum equals the sum of the plaintext integers
 R8  20 times SIGKILL for the coordinator at a random moment
 """
@@ -21,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,7 +60,6 @@ def measure(size: float) -> list[Figure]:
     with tempfile.TemporaryDirectory() as scratch:
         return [
             *crash_points(Path(scratch) / "crash", at_least(size, REPEATS)),
-            *rollbacks(Path(scratch) / "rollback"),
             *dropouts(Path(scratch) / "drop", rounds=at_least(size, 30, 2)),
             *kills(Path(scratch) / "kills", at_least(size, 20)),
         ]
@@ -227,72 +225,6 @@ def _told(run: Path, point: str, problems: list[str]) -> list[str]:
         print(log.read_text()[-2000:] if log.exists() else "")
     shutil.rmtree(run)
     return problems
-
-
-# ---- R5
-
-
-def rollbacks(folder: Path) -> list[Figure]:
-    """Ledgers that were put back, after two rounds of three."""
-    prepared = Prepared(folder, tiny(4, 3))
-    study, base = prepared.study, prepared.copy()
-    old = folder / "old"
-    with coordinator(base, study) as child:
-        while not any(e["event"] == "round_applied" and e["round"] == 1 for e in events(base)):
-            time.sleep(0.01)
-        os.kill(child, signal.SIGSTOP)
-        shutil.copytree(base / "hospitals", old)
-        os.kill(child, signal.SIGCONT)
-        while not any(e["event"] == "round_applied" and e["round"] == 2 for e in events(base)):
-            time.sleep(0.01)
-    time.sleep(2)  # a hospital's process may outlive the coordinator
-    cases: dict[str, Callable[[Path, Path, Path], None]] = {
-        "shorter by one record": lambda run, home, earlier: _cut(home / "ledger.jsonl", 1),
-        "shorter by three records": lambda run, home, earlier: _cut(home / "ledger.jsonl", 3),
-        "an older copy": lambda run, home, earlier: shutil.copy(earlier / "ledger.jsonl", home),  # type: ignore[func-returns-value,return-value]
-        "removed": lambda run, home, earlier: (home / "ledger.jsonl").unlink(),
-        "the whole home put back": lambda run, home, earlier: _whole(home, earlier),
-        "the whole home put back, the server hides what it saw": lambda run, home, earlier: (
-            _whole(home, earlier),  # type: ignore[func-returns-value]
-            _forget(run),
-        )[1],
-    }
-    tried = noticed = 0
-    for name, damage in cases.items():
-        for site in study.sites:
-            run = Path(shutil.copytree(base, folder / "case"))
-            damage(run, consortium.home_of(run, site.name), old / site.name)
-            run_to_end(run, study)
-            said = [*events(run), *(e for home in consortium.homes(run, study) for e in _own_events(home))]
-            found = any("LEDGER_" in str(e.get("reason", "")) + str(e.get("error", "")) for e in said)
-            tried, noticed = tried + 1, noticed + found
-            if not found:
-                print(f"not noticed: {name}, {site.name}")
-            shutil.rmtree(run)
-    return [Figure("R5_rollbacks", tried, ">= 20"), Figure("R5_noticed", noticed, f"== {tried}")]
-
-
-def _own_events(home: Path) -> list[dict]:
-    return events(home)
-
-
-def _cut(path: Path, records: int) -> None:
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-records]))
-
-
-def _whole(home: Path, earlier: Path) -> None:
-    events_file = (home / "events.jsonl").read_bytes()
-    shutil.rmtree(home)
-    shutil.copytree(earlier, home)
-    (home / "events.jsonl").write_bytes(events_file)
-
-
-def _forget(run: Path) -> None:
-    """A server that helps: it shows no anchors, and compares none."""
-    import sqlite3
-
-    with sqlite3.connect(run / "journal.db") as database:
-        database.execute("DELETE FROM updates")
 
 
 # ---- R6
