@@ -120,7 +120,8 @@ def study(place: Place) -> str:
         KeyEpochs(place.home, agreed, rules, own, applied_round=0).check_running()
     others = f"signed by all {len(agreed.sites)} hospitals"
     if agreement.missing():
-        others = "signed by this hospital; the others' signatures come with the first roll call"
+        lacking = ", ".join(agreement.missing())
+        others = f"signed by this hospital; the signatures of {lacking} come with the first roll call"
     return f"{agreed.name}, granted by the policy, {others}"
 
 
