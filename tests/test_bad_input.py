@@ -314,7 +314,7 @@ TYPED = [
     Case("C01", "no kit to begin with", "KIT_PATH", example("server", "init", "--kit", "{}", "--folder", "f")),
     Case("C01", "no kit to start with", "KIT_PATH", lambda f: ["site", "start", "--home", "."]),
     Case("C01", "no kit for a coordinator", "KIT_PATH", lambda f: ["server", "start", "--folder", "nowhere"]),
-    Case("C01", "no study at a coordinator", "CONFIG_NOT_FOUND", lambda f: ["server", "status", "--folder", "."]),
+    Case("C01", "no study at a coordinator", "RUN_PATH", lambda f: ["server", "status", "--folder", "."]),
     Case("C01", "no study to leave", "CONFIG_NOT_FOUND", lambda f: ["site", "leave", "--home", ".", "--yes"]),
     Case("C01", "no study to sign", "CONFIG_NOT_FOUND", lambda f: ["study", "sign", "no.json", "--home", ".", "--yes"]),
     Case("C03", "no agreement to sign", "CONFIG_SYNTAX", example("study", "sign", "{}", "--home", ".", "--yes")),
