@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from conftest import tiny_study
 
 from fedmedgan.client import checkpoint
 from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.simulations import consortium, phantoms, record
 
 pytestmark = pytest.mark.slow
@@ -95,10 +97,15 @@ def test_the_dropout_was_left_out_uncharged_and_came_back(finished):
 def test_the_server_side_holds_no_key_and_no_plain_update(finished):
     folder, _ = finished
     homes = consortium.homes(folder, record.load(folder).study)
-    secrets = [(home / "keys" / "he-secret.key").read_bytes() for home in homes]
-    assert len(set(secrets)) == 1
-    for path in [folder / "events.jsonl", folder / "flower.log", *(folder / "sums").iterdir()]:
-        assert secrets[0][64:128] not in path.read_bytes(), path
+    epochs = {HospitalKeys.load(home / "keys").epoch for home in homes}
+    assert len(epochs) == 1, "one key, made by the hospitals"
+    (epoch,) = epochs
+    server = [p for p in folder.rglob("*") if p.is_file() and "hospitals" not in p.relative_to(folder).parts]
+    assert {"journal.db", "flower.log", "events.jsonl"} <= {p.name for p in server}
+    for path in server:
+        for secret in (epoch.he_secret[64:128], epoch.mac_root):
+            forms = (secret, secret.hex().encode(), base64.b64encode(secret)[:40])
+            assert not any(form in path.read_bytes() for form in forms), path
 
 
 def test_no_patient_id_is_anywhere_but_in_the_dicom_files(finished):
