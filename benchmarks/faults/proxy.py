@@ -26,8 +26,8 @@ from typing import Self
 CHUNK = 1 << 16
 HANDSHAKE_BYTES = 1500
 """A direction that has carried so many is past the handshake, of which TLS ignores a few bytes (record versions)."""
-ALERT_BYTES = 350
-"""An alert is smaller, even with the session tickets that a server sends after the handshake; an answer is larger."""
+ALERT_BYTES = 1000
+"""An alert is smaller, even with the two session tickets that a server sends after the handshake (510 bytes measured)."""
 Late = asyncio.Queue[tuple[float, bytes]]
 """Chunks with the time when they are due; an empty one is the end of the stream."""
 CUT_BYTES = 20_000
@@ -85,6 +85,7 @@ class Proxy:
         self.port, self.target_port, self.fault_of, self.delay = port, target_port, fault_of, delay
         self.connections, self.faults = 0, list[Fault]()
         self._chance, self._shut_until = random.Random(1), 0.0
+        self._serving = set[asyncio.Task[None] | None]()  # asyncio itself holds a half-closed connection only weakly
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -109,16 +110,18 @@ class Proxy:
 
     async def _stop(self) -> None:
         self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # what was accepted in this turn of the loop is a task in the next
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         await asyncio.sleep(0)  # transports close in the next turn of the loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         connection = _Connection(self.connections, self.fault_of(self.connections), self._chance)
         connection.writers.append(writer)
+        self._serving.add(asyncio.current_task())
         try:
             target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
             connection.writers.append(target_writer)
@@ -134,6 +137,7 @@ class Proxy:
         finally:
             for end in connection.writers:
                 end.close()
+            self._serving.discard(asyncio.current_task())
 
     async def _read(self, connection: _Connection, source: asyncio.StreamReader, late: Late, upwards: bool) -> None:
         """Chunks are read at once, and are written when their time has come."""
