@@ -72,9 +72,11 @@ HINTS: dict[str, str] = {
     "LEDGER_CORRUPT": "restore the ledger from a backup and report it: it must never be edited",
     "LEDGER_LOCKED": "another process is using this ledger; wait for it to end",
     "LEDGER_WRITE": "make the ledger's folder writable and free some disk; nothing was trained",
+    "LEDGER_SIGNATURE": "somebody else wrote into the ledger: restore it from a backup and report it",
     "LEDGER_STATE": "the records do not follow each other; report this as a bug",
     "LEDGER_ROLLBACK": "an older copy of the ledger was put back: restore the newest one, or ask the data owner",
     "LEDGER_FORK": "the ledger was continued twice from one point: ask the data owner which one is true",
+    "LEDGER_BOOK": "give the budget book that this hospital's ledgers were begun under; never make a new one",
     "LEDGER_OWNER": "each hospital's ledger is its own; give the right one",
     # cryptography
     "HE_SECRET_AT_SERVER": "the server must never hold a key; remove it from this machine",

@@ -2,13 +2,13 @@
 
 Enforced is the LARGER epsilon of the accountants given: dp-accounting's PLD and, at a hospital, Opacus' PRV.
 Two ceilings hold at once: the study's, over the study's own records, and the hospital's, over all studies in
-its ledger, since the same patients pay for all of them.
+its ledger and in its other ledgers of the same patients, since those patients pay for all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,9 +83,9 @@ class Reservation:
         self.seq, self.decision = seq, decision
         self._ledger = ledger
 
-    def charge(self, *steps_done: int, noise_source: str) -> None:
+    def charge(self, *steps_done: int, noise_source: str, checks: Mapping[str, str], code: str) -> None:
         """Write down the steps really done, one number for each event. Raises LEDGER_STATE, LEDGER_WRITE."""
-        self._ledger.charge(self.seq, *steps_done, noise_source=noise_source)
+        self._ledger.charge(self.seq, *steps_done, noise_source=noise_source, checks=checks, code=code)
 
     def void(self, reason: str) -> None:
         """Take it back: only where no patient's data was touched. Raises LEDGER_STATE, LEDGER_WRITE."""
@@ -100,8 +100,9 @@ class Budget:
         study: hash of the study.
         delta: of the study, and of both ceilings.
         study_ceiling: epsilon that this study may spend here.
-        total_ceiling: epsilon that all studies in this ledger may spend together.
+        total_ceiling: epsilon that all studies of the same patients may spend together.
         accountants: name -> accountant; at a hospital `client.training.accountant.ENFORCED`.
+        elsewhere: what other ledgers of the hospital spent on the same patients (client/budget_book.py).
 
     Raises:
         PrivacyError: PRIVACY_RANGE.
@@ -116,17 +117,19 @@ class Budget:
         study_ceiling: float,
         total_ceiling: float,
         accountants: Mapping[str, Accountant],
+        elsewhere: Sequence[TrainingSteps] = (),
     ) -> None:
         self.ledger, self.study, self.accountants = ledger, study, accountants
+        self.elsewhere = tuple(elsewhere)
         self.delta = check_delta(delta)
         self.study_ceiling = real(study_ceiling, "study_ceiling")
         self.total_ceiling = real(total_ceiling, "total_ceiling")
 
     def preview(self, *planned: TrainingSteps) -> tuple[Decision, Decision]:
-        """What `planned` would cost: (within this study, over all studies of the ledger)."""
+        """What `planned` would cost: (within this study, over all studies of the same patients)."""
         return (
             self._preview(self.ledger.spent(self.study), planned, self.study_ceiling),
-            self._preview(self.ledger.spent(), planned, self.total_ceiling),
+            self._preview([*self.ledger.spent(), *self.elsewhere], planned, self.total_ceiling),
         )
 
     def _preview(self, spent: Iterable[TrainingSteps], planned: Iterable[TrainingSteps], ceiling: float) -> Decision:
@@ -142,7 +145,7 @@ class Budget:
             PrivacyError: BUDGET_EXHAUSTED or PRIVACY_ACCOUNTANTS (nothing was written), LEDGER_*.
         """
         decisions = self.preview(*planned)
-        for decision, scope in zip(decisions, ("this study", "all studies of this hospital"), strict=True):
+        for decision, scope in zip(decisions, ("this study", "all studies of the same patients"), strict=True):
             _refuse(decision, f"round {round}, {scope}")
         yield Reservation(self.ledger, self.ledger.reserve(self.study, round, planned), decisions[0])
 
