@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	rm -rf build/types && mkdir -p build/types/fedmedgan
-	for room in server client shared deploy simulations cli; do ln -s $(CURDIR)/$$room build/types/fedmedgan/$$room; done
+	for room in server client shared deploy audit simulations cli; do ln -s $(CURDIR)/$$room build/types/fedmedgan/$$room; done
 	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases -p fedmedgan
 
 bench-secure-sum: setup

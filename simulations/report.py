@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedmedgan.audit import drawing
 from fedmedgan.shared.errors import RunError
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import charts
@@ -304,7 +305,7 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
         arms=_arms(run),
         comparison=_comparison(run),
         tested_on=_shared([a.tstr.tested_on for a in run.arms if a.tstr]),
-        colours={h.name: charts.site_colour(i) for i, h in enumerate(run.hospitals)},
+        colours={h.name: drawing.site_colour(i) for i, h in enumerate(run.hospitals)},
         traffic=_traffic_rows(found["rounds"]),
         timed=_thin([r for r in found["rounds"] if r["seconds"]], TABLE_ROWS),
         saturated=max(
@@ -369,14 +370,14 @@ def _utility_rows(run: RunRecord) -> list[charts.UtilityRow]:
     places = {f"alone-{h.name}": i for i, h in enumerate(run.hospitals)}
     for arm in run.arms:
         if arm.tstr:
-            colour = charts.stand_in(places[arm.name]) if arm.name in places else charts.INK
-            colour = colour if arm.private else charts.ALARM
+            colour = drawing.stand_in(places[arm.name]) if arm.name in places else drawing.INK
+            colour = colour if arm.private else drawing.ALARM
             scores = (arm.tstr.auc.mean, arm.tstr.auc.std), (arm.tstr.accuracy.mean, arm.tstr.accuracy.std)
             rows.append(charts.UtilityRow(arm.label, colour, *scores))
     if rows and run.real:
         auc, accuracy = run.real.tstr.auc, run.real.tstr.accuracy
         scores = (auc.mean, auc.std), (accuracy.mean, accuracy.std)
-        rows.append(charts.UtilityRow(run.real.label, charts.MUTED, *scores))
+        rows.append(charts.UtilityRow(run.real.label, drawing.MUTED, *scores))
     return rows
 
 
@@ -431,7 +432,7 @@ def _beside(run: RunRecord) -> list[Picture]:
             kind = "phantoms" if hospital.drawn else "images from the folder given"
             alt = f"Images that {hospital.name} trained on, one row a class"
             caption = f"{hospital.name}: its own {kind}"
-            pictures.append(_picture(hospital.real, caption, alt, charts.site_colour(i)))
+            pictures.append(_picture(hospital.real, caption, alt, drawing.site_colour(i)))
     return pictures
 
 

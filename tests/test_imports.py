@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("server", "client", "shared", "deploy", "simulations", "cli")
+ROOMS = ("server", "client", "shared", "deploy", "audit", "simulations", "cli")
 
 
 def modules() -> list[str]:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_record import PARAMETERS, SITES, RunWriter, append, build_run, change_line, make_study
 
+from fedmedgan.audit import drawing
 from fedmedgan.shared import study as study_module
 from fedmedgan.shared.errors import RunError
 from fedmedgan.simulations import charts, record, report
@@ -419,7 +420,7 @@ def test_charts_hold_no_colour_of_their_own(finished: Path) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0.01, 2))
 def test_labels_do_not_overlap_and_keep_their_order(values: list[float], gap: float) -> None:
-    places = charts._spread(values, gap)
+    places = drawing.spread(values, gap)
     order = sorted(range(len(values)), key=lambda i: values[i])
     heights = [places[i] for i in order]
     assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(heights))

@@ -1,0 +1,1 @@
+"""Auditing: whoever does not trust a hospital's word checks its ledger, its noise and its generator."""
