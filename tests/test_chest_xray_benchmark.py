@@ -143,7 +143,7 @@ def test_the_page_quotes_the_run_and_shows_synthetic_images_only(benchmark: Modu
     rows.append(benchmark.Row("real", "the sites' real images", False, None, 90, scores))
     drawn = benchmark.draw(tmp_path, rows, tmp_path / "chest-xray")
     none = np.zeros((0, 1, 64, 64))
-    held = {h.name: PatientImages(none, np.zeros(0), np.zeros(0), 50, None) for h in benchmark.HOSPITALS}
+    held = {h.name: PatientImages(none, np.zeros(0), np.zeros(0), 50, None, ()) for h in benchmark.HOSPITALS}
     page = benchmark.page(rows, study, held, drawn, "the command")
 
     linked = re.findall(r"\]\(chest-xray/([^)]+)\)", page)

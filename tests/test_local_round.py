@@ -19,7 +19,7 @@ def patients(counts) -> PatientImages:
     images = np.broadcast_to(owner[:, None, None, None] / 100, (len(owner), 1, 28, 28)).astype(np.float16)
     shuffled = np.random.default_rng(0).permutation(len(owner))
     report = FolderReport((), len(owner), len(counts))
-    return PatientImages(images[shuffled], owner[shuffled] % 2, owner[shuffled], len(counts), report)
+    return PatientImages(images[shuffled], owner[shuffled] % 2, owner[shuffled], len(counts), report, ())
 
 
 def test_a_patient_is_in_a_batch_at_most_once_and_as_often_as_the_rate_says():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -92,6 +93,22 @@ def test_images_are_grouped_by_patient_in_the_order_of_their_paths(tmp_path, in_
     alone = tmp_path / "alone"
     write(alone, "2.dcm", seed=2)
     assert np.array_equal(load(alone).images_N1HW[0], found.images_N1HW[1])
+
+
+def test_pseudonyms_are_in_the_order_of_the_patients_and_depend_on_the_key_alone(tmp_path, in_process):
+    def one(patient: str, key: bytes = KEY) -> str:
+        write(tmp_path / patient / str(key[0]), "1.dcm", PatientID=patient)
+        (name,) = load_patients(tmp_path / patient / str(key[0]), ONE, pseudonym_key=key, workers=1).pseudonyms
+        return name
+
+    for name, patient in enumerate(("Y", "X", "Y", "Z")):
+        write(tmp_path / "all", f"{name}.dcm", seed=name, PatientID=patient)
+    found = load(tmp_path / "all")
+    assert found.pseudonyms == (one("Y"), one("X"), one("Z"))
+    assert [found.pseudonyms[number] for number in found.patient_N] == [one(p) for p in ("Y", "X", "Y", "Z")]
+    assert all(re.fullmatch("[0-9a-f]{32}", name) for name in found.pseudonyms)
+    assert one("Y", KEY[::-1]) != one("Y")
+    assert found.pseudonyms[0] not in repr(found)
 
 
 def test_rules(tmp_path, in_process):
@@ -356,6 +373,18 @@ def test_a_file_that_crashes_its_decoder_is_the_only_one_lost(tmp_path, monkeypa
     assert report.images == 6
 
 
+@pytest.mark.parametrize("name", ["DOE^JANE", "", "A" * 32, "a" * 31])
+def test_a_worker_that_names_a_patient_by_anything_but_a_hash_is_not_believed(tmp_path, monkeypatch, name):
+    poison(tmp_path, monkeypatch, f"data = data[6:]; worker._pseudonym = lambda *_: {name!r}")
+    folder = tmp_path / "data"
+    write(folder, "1.dcm", seed=1)
+    (folder / "2.dcm").write_bytes(b"poison" + encode(make(seed=2)))
+    found = load(folder)
+    assert codes(found.report)["1.dcm"] == ""
+    assert codes(found.report)["2.dcm"] in ("DICOM_DECODE", "DATA_PATIENT_ID")
+    assert len(found.pseudonyms) == found.n_patients == 1
+
+
 def test_a_file_whose_worker_died_goes_to_an_idle_one(tmp_path, monkeypatch):
     poison(tmp_path, monkeypatch, "time.sleep(0.5); os.abort()")
     paths = [str(write(tmp_path, f"{n}.dcm", seed=n)) for n in range(2)]
@@ -470,7 +499,7 @@ def cached(tmp_path, in_process, monkeypatch):
 def same(a: PatientImages, b: PatientImages) -> bool:
     names = ("images_N1HW", "labels_N", "patient_N")
     arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
-    return arrays and a.report == b.report and a.n_patients == b.n_patients
+    return arrays and (a.report, a.n_patients, a.pseudonyms) == (b.report, b.n_patients, b.pseudonyms)
 
 
 def test_the_cache_gives_back_what_was_decoded(cached):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedmedgan.client.data import labels as label_table
 from fedmedgan.client.data.folder import Entry, scan
 from fedmedgan.client.data.limits import Limits
 from fedmedgan.client.data.outcomes import FileOutcome, FolderReport
-from fedmedgan.client.data.pool import TIMED_OUT, Examined, WorkerPool
+from fedmedgan.client.data.pool import PSEUDONYM_BYTES, TIMED_OUT, Examined, WorkerPool
 from fedmedgan.shared.errors import CryptoError, DataError
 from fedmedgan.shared.study import Images
 
@@ -32,7 +32,7 @@ patient's name."""
 
 MIN_KEY_BYTES = 16
 
-_ARRAYS = ("images", "labels", "patients")
+_ARRAYS = ("images", "labels", "patients", "pseudonyms")
 _PROBLEMS = {
     "DATA_UNSAFE_PATH": "not a regular file inside the folder",
     "DATA_PATH": "the sub-folder cannot be read",
@@ -51,6 +51,8 @@ class PatientImages:
     """int64 (N,), 0..n_patients-1 in the order of first appearance."""
     n_patients: int
     report: FolderReport
+    pseudonyms: tuple[str, ...] = field(repr=False)
+    """Keyed hash of each patient's Patient ID, 32 hex digits, in the order of the numbers in `patient_N`."""
 
 
 def default_workers() -> int:
@@ -119,7 +121,9 @@ def load_patients(
         found = known or _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)
         # A file that was only slow today must not stay left out.
         if known is None and not any(file.reason == TIMED_OUT for file in found.report.files):
-            arrays = dict(zip(_ARRAYS, (found.images_N1HW, found.labels_N, found.patient_N), strict=True))
+            names = np.array(list(bytes.fromhex("".join(found.pseudonyms))), np.uint8).reshape(-1, PSEUDONYM_BYTES)
+            kept = (found.images_N1HW, found.labels_N, found.patient_N, names)
+            arrays = dict(zip(_ARRAYS, kept, strict=True))
             image_cache.write(cache, arrays, found.report.to_json(), state, pseudonym_key)
     if not found.report.images:
         raise DataError("DATA_EMPTY", f"no usable image among {found.report.sentence()}", str(folder))
@@ -174,6 +178,7 @@ def _collect(
         np.array(patient_N, np.int64),
         len(patients),
         FolderReport(tuple(files), len(labels_N), len(patients)),
+        tuple(patients),
     )
 
 
@@ -211,5 +216,6 @@ def _as_images(known: tuple[dict[str, np.ndarray], dict[str, Any]] | None) -> Pa
         report = FolderReport.from_json(values)
     except (KeyError, TypeError):
         return None
-    images, labels, patients = (arrays[name] for name in _ARRAYS)
-    return PatientImages(images, labels, patients, report.patients, report)
+    images, labels, patients, names = (arrays[name] for name in _ARRAYS)
+    pseudonyms = tuple(name.tobytes().hex() for name in names)
+    return PatientImages(images, labels, patients, report.patients, report, pseudonyms)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ _STARTS_WITHOUT_SUCCESS = 5
 _TRIES = 2
 """A file is given to a second worker when its first one died: the machine may have killed it for its
 memory."""
+PSEUDONYM_BYTES = 16
+"""Of the keyed hash that stands for a patient; it is written as hex digits."""
 CRASHED = "the decoder crashed on this file"
 TIMED_OUT = "the decoder did not finish in time"
 
@@ -152,6 +155,9 @@ class WorkerPool:
         outcome, shape = values.pop("outcome"), tuple(int(n) for n in values.pop("shape"))
         if outcome not in get_args(Outcome):
             raise ValueError("not an outcome")
+        named = re.fullmatch(f"[0-9a-f]{{{2 * PSEUDONYM_BYTES}}}", values["patient"])
+        if not named and (values["patient"] or not values["code"]):
+            raise ValueError("not a pseudonym")
         return Examined(outcome, shape=shape, images=images, **{k: str(v) for k, v in values.items()})
 
     def _end(self, worker: _Worker) -> None:

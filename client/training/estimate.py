@@ -26,7 +26,7 @@ def step_seconds(study: Study) -> float:
     """Seconds of one private step with its share of generator steps, on the CPU, one thread."""
     random, n = SystemRandom(), 4 * study.training.patients_per_step
     noise = np.random.default_rng(0).random((n, 1, study.images.size, study.images.size)).astype(np.float16)
-    patients = PatientImages(noise, np.zeros(n, np.int64), np.arange(n), n, FolderReport((), n, n))
+    patients = PatientImages(noise, np.zeros(n, np.int64), np.arange(n), n, FolderReport((), n, n), ())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
