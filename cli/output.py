@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+import typer
 from rich.console import Console
 
 from fedmedgan.shared.errors import FedMedGanError
@@ -35,18 +36,30 @@ def console() -> Console:
     return Console(stderr=wants_json(), highlight=False)
 
 
-def emit(data: dict[str, Any], human: Callable[[Console], None]) -> None:
-    """Print a result: `data` as the envelope, or whatever `human` draws."""
+def emit(data: dict[str, Any], human: Callable[[Console], None], error: FedMedGanError | None = None) -> None:
+    """Print a result: `data` as the envelope, or whatever `human` draws.
+
+    Args:
+        error: what the result shows to be wrong. It is in the same envelope, or follows as one line; the exit code is 2.
+    """
     if wants_json():
-        print(json.dumps({"schema_version": SCHEMA_VERSION, "status": "ok", "data": data}, allow_nan=False))
+        status = {"status": "ok"} if error is None else {"status": "error", "error": _fields(error)}
+        print(json.dumps({"schema_version": SCHEMA_VERSION, **status, "data": data}, allow_nan=False))
     else:
         human(console())
+        if error is not None:
+            print(error.line(), file=sys.stderr)
+    if error is not None:
+        raise typer.Exit(2)
 
 
 def emit_error(error: FedMedGanError) -> None:
     """Print an error: one line, no traceback."""
     if wants_json():
-        body = {"code": error.code, "what": error.what, "where": error.where, "hint": error.hint}
-        print(json.dumps({"schema_version": SCHEMA_VERSION, "status": "error", "error": body}))
+        print(json.dumps({"schema_version": SCHEMA_VERSION, "status": "error", "error": _fields(error)}))
     else:
         print(error.line(), file=sys.stderr)
+
+
+def _fields(error: FedMedGanError) -> dict[str, str]:
+    return {"code": error.code, "what": error.what, "where": error.where, "hint": error.hint}

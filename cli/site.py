@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from fedmedgan.cli import output
 from fedmedgan.cli.doctor import doctor
 from fedmedgan.shared.secure_sum.key_file import PASSPHRASE_VARIABLE, passphrase_from_environment
 
-app = typer.Typer(help="A hospital: init, doctor, start, rotate, leave.", no_args_is_help=True)
+app = typer.Typer(help="A hospital: init, doctor, start, budget, rotate, leave.", no_args_is_help=True)
 app.command()(doctor)
 
 Home = Annotated[Path, typer.Option(help="The hospital's own folder: keys, ledger, model.")]
@@ -40,6 +41,10 @@ def init(
     home: Home,
     data: Annotated[Path, typer.Option(help="Folder with the DICOM files.")],
     max_epsilon: Annotated[float, typer.Option(help="Most privacy ever spent on these patients, over ALL studies.")],
+    budget_book: Annotated[
+        Path | None,
+        typer.Option(help="Folder that ALL homes of this hospital share; fedmedgan-budget-book beside HOME."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     passphrase_file: Passphrase = None,
 ) -> None:
@@ -47,7 +52,15 @@ def init(
     from fedmedgan.deploy import supernode
 
     passphrase = use_passphrase(passphrase_file)
-    identity = supernode.init(kit, home, data=data, max_epsilon=max_epsilon, device=device, passphrase=passphrase)
+    identity = supernode.init(
+        kit,
+        home,
+        data=data,
+        max_epsilon=max_epsilon,
+        budget_book=budget_book,
+        device=device,
+        passphrase=passphrase,
+    )
     path = home / f"{identity.name}.identity.json"
 
     def human(console: Console) -> None:
@@ -86,6 +99,60 @@ def rotate(home: Home, passphrase_file: Passphrase = None) -> None:
         f"key epoch {number} may be replaced: before the next round, once every hospital that rejected sums allows it"
     )
     output.emit({"epoch": number}, lambda console: console.print(said, soft_wrap=True))
+
+
+@app.command()
+def budget(home: Home, passphrase_file: Passphrase = None) -> None:
+    """What this hospital's patients have spent, what is left, and what the next round would cost."""
+    from fedmedgan.client.outlook import Outlook, outlook
+    from fedmedgan.shared.privacy.events import statement
+
+    use_passphrase(passphrase_file)
+    found: Outlook = outlook(home)
+    scopes = (("in this study", found.in_study), ("over all studies", found.in_all))
+
+    def human(console: Console) -> None:
+        table = Table("", "spent", "ceiling", "left", "after the next round", title=f"{found.hospital}, {found.study}")
+        for scope, decision in scopes:
+            left = max(0.0, decision.ceiling - decision.spent_epsilon)
+            after = f"{decision.after_epsilon:.3f}" if found.next_round else "-"
+            numbers = (f"{decision.spent_epsilon:.3f}", f"{decision.ceiling:g}", f"{left:.3f}", after)
+            table.add_row(scope, *numbers)
+        console.print(table)
+        if found.other_ledgers:
+            console.print(f"{found.other_ledgers} other ledgers of the same patients are counted in", soft_wrap=True)
+        if found.next_round is None:
+            said = "every round of the study is trained and paid"
+        else:
+            said = f"round {found.next_round} of {found.rounds} " + ("fits" if found.fits else "WOULD BE REFUSED")
+        console.print(said, soft_wrap=True)
+        console.print(statement(found.in_study.spent_epsilon, found.delta), soft_wrap=True)
+
+    data = {"hospital": found.hospital, "study": found.study, "delta": found.delta, "next_round": found.next_round}
+    data |= {"rounds": found.rounds, "fits": found.fits, "other_ledgers": found.other_ledgers}
+    for name, (_, decision) in zip(("in_study", "in_all"), scopes, strict=True):
+        data[name] = {
+            "spent": decision.spent_epsilon,
+            "ceiling": decision.ceiling,
+            "after_next_round": decision.after_epsilon if found.next_round else None,
+            "per_accountant": dict(decision.per_accountant),
+        }
+    output.emit(data, human)
+
+
+@app.command()
+def override(
+    home: Home,
+    signed: Annotated[Path, typer.Argument(help="What the data owner sent back: override.json.")],
+    passphrase_file: Passphrase = None,
+) -> None:
+    """Take in the data owner's permission for a second ledger on the same patients; then sign the study again."""
+    from fedmedgan.client.joining import allow_beside
+
+    use_passphrase(passphrase_file)
+    allow_beside(home, signed)
+    said = "on record; now `fedmedgan study sign` again: both ledgers share one budget"
+    output.emit({"override": True}, lambda console: console.print(said, soft_wrap=True))
 
 
 @app.command()

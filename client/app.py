@@ -81,7 +81,7 @@ def make_app(
     def apply_sum(message: Message, context: Context) -> Message:
         def reply(hospital: Hospital, envelope: Envelope) -> Envelope:
             certificate = envelope.open(Certificate, hospital.study)
-            return hospital.apply_sum(certificate, envelope.payload)
+            return hospital.apply_sum(certificate, envelope.payload, envelope.shown())
 
         return answer(message, context, reply)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ import rfc8785
 
 from fedmedgan.client import anchors, checkpoint
 from fedmedgan.client.home import Home
-from fedmedgan.client.joining import ATTEMPT, LEFT, OUTBOX, keep
+from fedmedgan.client.joining import ATTEMPT, CERTIFICATES, LEFT, OUTBOX, keep
 from fedmedgan.client.key_epochs import KeyEpochs
 from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
 from fedmedgan.client.training.randomness import RandomSource
@@ -28,6 +29,7 @@ from fedmedgan.shared.errors import (
     FedMedGanError,
     MessageError,
     ModelError,
+    PrivacyError,
     RunError,
 )
 from fedmedgan.shared.messages import (
@@ -43,14 +45,17 @@ from fedmedgan.shared.messages import (
     Present,
     Roll,
     RoundOpen,
+    Signed,
     Update,
     open_certificate,
 )
 from fedmedgan.shared.privacy.events import TrainingSteps
+from fedmedgan.shared.privacy.history import History
 from fedmedgan.shared.privacy.ledger import Ledger
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.records import failed_checks
 from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
+from fedmedgan.shared.source import source_hash
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Hospital(Home):
             StudyError: STUDY_SIGNATURE. PrivacyError: LEDGER_*. MessageError: a signature in the roll is not right.
         """
         if (self.home / LEFT).exists():
+            self._close_study()
             return self._signed(Leave(study=self.study.hash, hospital=self.site.name))
         agreement = self.agreement
         for approval in roll.approvals:
@@ -161,17 +167,19 @@ class Hospital(Home):
             self._train(opened.round)  # an update of a round that is over, left by a crash, is replaced
         _, arrays, notes = self._stored_update()
         payload = self._seal(arrays["levels"].astype(np.int64), int(notes["saturated"]), opened)
+        digest = hashlib.sha256(payload).hexdigest()
         crash.point("client.sealed")
-        ledger = read_ledger(self.home / "ledger.jsonl")
+        history = self._record_release(opened, digest, len(payload))
+        crash.point("client.released")
         header = Update(
             **opened.model_dump(),
             hospital=self.site.name,
             weight=self.site.weight,
             model_hash=self.model_hash,
             payload_bytes=len(payload),
-            payload_sha256=hashlib.sha256(payload).hexdigest(),
-            ledger_seq=ledger.seq,
-            ledger_head=ledger.head,
+            payload_sha256=digest,
+            ledger_seq=history.seq,
+            ledger_head=history.head,
             generator_loss=min(float(arrays["generator_loss"]), MAX_LOSS),
         )
         envelope = self._signed(header, payload)
@@ -179,6 +187,12 @@ class Hospital(Home):
         checkpoint.write_bytes(self.home / OUTBOX, envelope.to_bytes())
         crash.point("client.sent-stored")
         return envelope
+
+    def _record_release(self, opened: RoundOpen, digest: str, size: int) -> History:
+        with self._open_ledger() as ledger:
+            ledger.release(self.study.hash, round=opened.round, attempt=opened.attempt, sha256=digest, size=size)
+            self.book.saw(ledger.history)
+            return ledger.history
 
     def _outbox(self, opened: RoundOpen) -> Envelope | None:
         """The update of just this attempt as it was sent; None if it was not, or the file is damaged."""
@@ -211,15 +225,21 @@ class Hospital(Home):
     def _train(self, round: int) -> None:
         """Reserve, read, train, store the update, charge: in this order, so that a crash anywhere spends, never leaks.
 
-        Only where the data cannot be read, so that nothing was trained, is the reservation taken back.
+        Only where the data cannot be read, so that nothing was trained, is the reservation taken back. Where a test of
+        the noise, the clipping or the sampling fails, the round is charged and its update is thrown away.
+
+        Raises:
+            PrivacyError: PRIVACY_PROOF, also at every later round until the study is signed again here.
         """
         random = self._random(round)
         t, rate = self.study.training, self.study.sampling_rate(self.site)
         planned = TrainingSteps(self.sigma, rate, t.local_steps)
-        with (
-            Ledger(self.home / "ledger.jsonl", self.site.name) as ledger,
-            self._budget(ledger).reserve(round, planned) as reservation,
-        ):
+        with self._open_ledger() as ledger, ExitStack() as until_settled:
+            with self.book.locked():  # what other ledgers of these patients spent may not grow while it is counted
+                self._require_proof(ledger)
+                reservation = until_settled.enter_context(self._budget(ledger).reserve(round, planned))
+                until_settled.callback(lambda: self.book.saw(ledger.history))
+                self._note_epoch(ledger)
             crash.point("client.reserved")
             try:
                 patients = self.load_patients()
@@ -227,9 +247,13 @@ class Hospital(Home):
                 reservation.void("the data could not be read; nothing was trained")
                 raise
             began = time.perf_counter()
-            losses, update_P = self._train_networks(PatientSampler(patients, rate, random), random)
+            losses, update_P, checks = self._train_networks(PatientSampler(patients, rate, random), random)
             trained = time.perf_counter()
             crash.point("client.trained")
+            proof_of_round = {"noise_source": random.name, "checks": checks, "code": source_hash()}
+            if failed := failed_checks(checks):
+                reservation.charge(t.local_steps, **proof_of_round)
+                raise PrivacyError("PRIVACY_PROOF", f"failed: {', '.join(failed)}", f"round {round}")
             quantized = self.plan.quantize(update_P, self._rounding(round))
             checkpoint.write(
                 self._update_file,
@@ -240,7 +264,7 @@ class Hospital(Home):
                 saturated=quantized.saturated,
             )
             crash.point("client.update-stored")
-            reservation.charge(t.local_steps, noise_source=random.name)
+            reservation.charge(t.local_steps, **proof_of_round)
             crash.point("client.charged")
         self.log.write(
             "trained",
@@ -254,10 +278,18 @@ class Hospital(Home):
             ceiling=self.study.privacy.epsilon,
             noise_multiplier=self.sigma,
             sampling_rate=rate,
+            checks=checks,
         )
 
-    def _train_networks(self, sampler: PatientSampler, random: RandomSource) -> tuple[Losses, np.ndarray]:
-        """New weights minus old ones, as one float32 vector (P,)."""
+    def _require_proof(self, ledger: Ledger) -> None:
+        """Nothing is trained after a failed test, until a person has signed the study again."""
+        if ledger.history.proof_failed(self.study.hash):
+            raise PrivacyError("PRIVACY_PROOF", "the tests of an earlier round failed", self.site.name)
+
+    def _train_networks(
+        self, sampler: PatientSampler, random: RandomSource
+    ) -> tuple[Losses, np.ndarray, dict[str, str]]:
+        """Losses; new weights minus old ones, as one float32 vector (P,); what the round's tests said."""
         trainer = LocalTrainer(
             self.study,
             *self.networks,
@@ -275,7 +307,7 @@ class Hospital(Home):
         trainer.close()
         checkpoint.write(states, checkpoint.optimizer_arrays(**adams))
         trained = checkpoint.flatten(checkpoint.network_arrays(*self.networks))
-        return losses, trained - checkpoint.flatten(self.model)
+        return losses, trained - checkpoint.flatten(self.model), trainer.checks
 
     def _remember_attempt(self, opened: RoundOpen) -> _Attempt:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.
@@ -344,8 +376,11 @@ class Hospital(Home):
 
     # ---- phases 3 and 4: the sum comes back; decrypt and update
 
-    def apply_sum(self, certificate: Certificate, payload: bytes) -> Envelope:
+    def apply_sum(self, certificate: Certificate, payload: bytes, shown: Signed | None = None) -> Envelope:
         """Check the certificate and the sum, add the mean update to the model, report the new model's hash.
+
+        Args:
+            shown: the certificate as the coordinator signed it, kept for audit.
 
         Nothing is written before every check has passed; a sum that was already applied is answered again.
 
@@ -355,22 +390,23 @@ class Hospital(Home):
         """
         self._require_consent()
         if certificate.round != self.applied_round:
-            self._apply_new(certificate, payload)
+            self._apply_new(certificate, payload, shown)
         if self._noted().round <= self.applied_round:  # else an old sum that comes again would cost the next update
             self._update_file.unlink(missing_ok=True)
             (self.home / OUTBOX).unlink(missing_ok=True)
         crash.point("client.update-removed")
+        if self.applied_round == self.study.training.rounds:
+            self._close_study()
         header = Applied(
             study=self.study.hash, hospital=self.site.name, round=self.applied_round, model_hash=self.model_hash
         )
         return self._signed(header)
 
-    def _apply_new(self, certificate: Certificate, payload: bytes) -> None:
+    def _apply_new(self, certificate: Certificate, payload: bytes, shown: Signed | None) -> None:
         began = time.perf_counter()
         self._epochs().check_running()
         updates = self._check_certificate(certificate)
-        known = anchors.load(self.home)
-        anchors.check_peers(known, updates, self.study)
+        anchors.check_peers(self._ledger_history().peers, updates, self.study)
         weights = {self.study.index(name): update.weight for name, update in updates.items()}
         n_slots = self.plan.n_slots + proof.extra_slots(len(self.study.sites))
         n_blobs = cipher.blobs_for(n_slots)
@@ -391,7 +427,8 @@ class Hospital(Home):
         self.model = checkpoint.unflatten(checkpoint.flatten(self.model) + mean_P, like=self.model)
         self.applied_round = certificate.round
         self.model_hash = checkpoint.content_hash(self.model)
-        history = self._ledger_history()
+        history = self._record_anchor(certificate, shown, updates)
+        crash.point("client.anchored")
         self.model_ledger = (history.seq, history.head)
         checkpoint.write(
             self._model_file,
@@ -402,8 +439,6 @@ class Hospital(Home):
             ledger_head=history.head,
         )
         crash.point("client.model-stored")
-        anchors.keep(self.home, known, updates, self.study)
-        crash.point("client.anchors-stored")
         checkpoint.load_networks(self.model, *self.networks)
         applied = time.perf_counter()
         self.draw_samples()
@@ -413,6 +448,31 @@ class Hospital(Home):
             seconds={"decrypt": decrypted - began, "check": checked - decrypted, "apply": applied - checked},
             model_hash=self.model_hash,
         )
+
+    def _record_anchor(self, certificate: Certificate, shown: Signed | None, updates: dict[str, Update]) -> History:
+        """Keep the certificate as the coordinator signed it, and all hospitals' ledger heads in our own ledger."""
+        if shown is not None:
+            path = self.home / CERTIFICATES / f"round-{certificate.round:04d}.json"
+            checkpoint.write_bytes(path, shown.model_dump_json().encode())
+        heads = {self.study.site(name).signing_key: (u.ledger_seq, u.ledger_head) for name, u in updates.items()}
+        digest = hashlib.sha256(certificate.canonical()).hexdigest()
+        with self._open_ledger() as ledger:
+            self._note_epoch(ledger)
+            ledger.anchor(self.study.hash, round=certificate.round, certificate=digest, heads=heads)
+            self.book.saw(ledger.history)
+            return ledger.history
+
+    def _note_epoch(self, ledger: Ledger) -> None:
+        """On record: with which key sums are opened from now on."""
+        if epoch := self.keys.epoch:
+            ledger.rotate(self.study.hash, epoch=epoch.number, key_id=epoch.key_id, members=epoch.members)
+
+    def _close_study(self) -> None:
+        """The study is over for this hospital: nothing can be charged for it any more."""
+        with self._open_ledger() as ledger:
+            if not ledger.history.is_closed(self.study.hash):
+                ledger.close_study(self.study.hash)
+                self.book.saw(ledger.history)
 
     def _check_certificate(self, certificate: Certificate) -> dict[str, Update]:
         """The signed updates that are in the sum, by hospital; our own byte for byte as it was sent."""

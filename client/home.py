@@ -10,7 +10,7 @@
     update.safetensors     the update of the open round, until its sum was applied
     attempt.json           for which cohort it was sealed last
     outbox.msg             the sealed update as it was sent: sent again byte for byte
-    anchors.json           how long the others' ledgers were client/anchors.py
+    certificates/          each round's certificate, for audit
     rejected.json, rotation-allowed.json                     client/key_epochs.py
     cache/, samples/, events.jsonl
 
@@ -28,7 +28,9 @@ import numpy as np
 import torch
 
 from fedmedgan.client import anchors, checkpoint
-from fedmedgan.client.data.patients import PatientImages, load_patients
+from fedmedgan.client.budget_book import BudgetBook
+from fedmedgan.client.data.declared import load_declared
+from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.joining import NOISE
 from fedmedgan.client.policy import Policy
@@ -50,8 +52,9 @@ from fedmedgan.shared.messages import (
     RoundOpen,
 )
 from fedmedgan.shared.privacy.budget import Budget
-from fedmedgan.shared.privacy.ledger import History, Ledger
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import History
+from fedmedgan.shared.privacy.history import read as read_ledger
+from fedmedgan.shared.privacy.ledger import Ledger
 from fedmedgan.shared.secure_sum import proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.secure_sum.quantize import plan_for
@@ -71,6 +74,7 @@ class Home:
         self.log = EventLog(home / "events.jsonl")
         self.policy = Policy.load(home / "policy.toml")
         self.keys = HospitalKeys.load(home / "keys")
+        self.book = BudgetBook.open(home / self.policy.budget_book)
         self.agreement = Agreement.load(home / "study.json")
         self.study = self.agreement.study
         self.sigma = self._load_sigma()
@@ -82,23 +86,18 @@ class Home:
         self.plan = plan_for(self.study, checkpoint.flatten(self.model).size)
 
     def load_patients(self) -> PatientImages:
-        """This hospital's images, checked against what it declared.
+        """This hospital's images: of the patients for whom it signed the study, and of no others.
 
         Raises:
-            DataError: DATA_*, among them DATA_TOO_FEW.
-            StudyError: CONFIG_DELTA, delta is not below one over the real number of patients.
+            DataError: DATA_*, among them DATA_CHANGED. StudyError: CONFIG_DELTA.
         """
         began = time.perf_counter()
-        patients = load_patients(
-            Path(self.policy.data),
-            self.study.images,
-            pseudonym_key=self.keys.pseudonym_key,
-            cache=self.home / "cache" / "images.safetensors",
+        patients = load_declared(
+            Path(self.policy.data), self.study, self.site, pseudonym_key=self.book.pseudonym_key, home=self.home
         )
-        if patients.n_patients < self.site.patients:
-            raise DataError("DATA_TOO_FEW", f"fewer patients than the {self.site.patients} declared", self.site.name)
-        if self.study.privacy.delta * patients.n_patients >= 1:
-            raise StudyError("CONFIG_DELTA", "delta is not below one over the number of patients", self.site.name)
+        terms = self._ledger_history().terms(self.study.hash)
+        if terms is None or terms.dataset != self.book.commitment(patients.pseudonyms):
+            raise DataError("DATA_CHANGED", "the patients are not those for whom the study was signed", self.site.name)
         self.log.write("data_loaded", **patients.report.summary(), seconds=time.perf_counter() - began)
         return patients
 
@@ -121,7 +120,12 @@ class Home:
             raise PrivacyError("LEDGER_ROLLBACK", "the ledger is gone, and the model was trained under it", path.name)
         history = read_ledger(path)
         history.check_anchor(*self.model_ledger)
+        self.book.check(history, path)
         return history
+
+    def _open_ledger(self) -> Ledger:
+        """The ledger, locked and open for writing. Raises PrivacyError LEDGER_*."""
+        return Ledger(self.home / "ledger.jsonl", self.site.name, signing=self.keys.signing, book=self.book.id)
 
     def _signed(self, header: Header, payload: bytes = b"") -> Envelope:
         return Envelope.seal(header, self.keys.signing, payload)
@@ -164,6 +168,7 @@ class Home:
             study_ceiling=p.epsilon,
             total_ceiling=self.policy.max_epsilon,
             accountants=ENFORCED,
+            elsewhere=self.book.spent_elsewhere(ledger.history.ledger_id),
         )
 
     def _binding(self, message: RoundOpen) -> dict[str, Any]:

@@ -9,20 +9,28 @@ import json
 from pathlib import Path
 
 from fedmedgan.client import checkpoint
+from fedmedgan.client.budget_book import BudgetBook
+from fedmedgan.client.data.declared import load_declared
+from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.policy import Policy
 from fedmedgan.shared.agreement import Agreement, Identity, sign
-from fedmedgan.shared.errors import RunError, StudyError
+from fedmedgan.shared.errors import PrivacyError, RunError, StudyError
 from fedmedgan.shared.privacy.accounting import calibrate_noise
+from fedmedgan.shared.privacy.data_owner import check_override
 from fedmedgan.shared.privacy.ledger import Ledger
+from fedmedgan.shared.privacy.records import Terms
 from fedmedgan.shared.secure_sum.keys import HospitalKeys, generate_identity
 from fedmedgan.shared.study import Study
 
 ATTEMPT = "attempt.json"
 OUTBOX = "outbox.msg"
 LEFT = "left"
+CERTIFICATES = "certificates"
 ROTATION_ALLOWED = "rotation-allowed.json"
 REJECTED = "rejected.json"
 NOISE = "noise.json"
+REQUEST = "override-request.json"
+"""What the data owner would have to allow, where another ledger has touched the same patients."""
 STATE = (
     "model.safetensors",
     "optimizers.safetensors",
@@ -33,15 +41,27 @@ STATE = (
     ROTATION_ALLOWED,
     LEFT,
     NOISE,
+    CERTIFICATES,
     "samples",
 )
 """What belongs to one study in a home folder, beside study.json and the key epoch."""
 
 
 def init_home(
-    home: Path, *, site: str, data: str, max_epsilon: float, device: str = "auto", passphrase: bytes | None = None
+    home: Path,
+    *,
+    site: str,
+    data: str,
+    max_epsilon: float,
+    budget_book: Path,
+    device: str = "auto",
+    passphrase: bytes | None = None,
 ) -> Identity:
     """Make a hospital's home: its rules, its keys. Returns the public identity, which goes to the coordinator.
+
+    Args:
+        budget_book: folder of the hospital's budget book, which all its homes share; made if it is not there. A
+            relative path starts at the home.
 
     Raises:
         RunError: RUN_PATH, the folder is in use or cannot be written.
@@ -57,6 +77,8 @@ def init_home(
             f"site = {json.dumps(site)}",
             f"data = {json.dumps(data)}",
             f"max_epsilon = {float(max_epsilon)!r}  # for the same patients, over ALL studies",
+            f"budget_book = {json.dumps(str(budget_book))}  # the same for all homes of this hospital",
+            'data_owner_key = ""  # who alone may allow a second ledger on the same patients',
             "min_cohort = 3  # smallest number of hospitals in a sum",
             f"device = {json.dumps(device)}",
             "",
@@ -67,6 +89,7 @@ def init_home(
         except StudyError:
             (home / "policy.toml").unlink()
             raise
+        BudgetBook.open(home / budget_book, create=True)
         own = generate_identity()
         own.save(home / "keys", passphrase)
     except OSError as error:
@@ -87,14 +110,18 @@ def identity(site: str, own: HospitalKeys) -> Identity:
 
 
 def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement:
-    """The hospital enters a study: its policy grants it, the noise is calibrated, the ledger opened, the hash signed.
+    """The hospital enters a study: its policy grants it, the noise is calibrated, its patients are entered in the
+    budget book and the terms in the ledger, the hash is signed.
+
+    The images are read now: what is signed is that these patients suit the study. Other patients later have to be
+    signed for again, and so has a study in which a round's tests failed.
 
     Returns:
         The agreement with this hospital's signature; the same one is kept in the home.
 
     Raises:
         StudyError: STUDY_POLICY; STUDY_KEYS, the study has no keys or not this hospital's.
-        PrivacyError: BUDGET_EXHAUSTED, LEDGER_*.
+        PrivacyError: BUDGET_EXHAUSTED, LEDGER_*. DataError: DATA_*.
     """
     policy = Policy.load(home / "policy.toml")
     keys = HospitalKeys.load(home / "keys", passphrase)
@@ -103,14 +130,28 @@ def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement
     own = (keys.signing_public, keys.exchange_public, keys.wrapping_public)
     if (site.signing_key, site.exchange_key, site.wrapping_key) != own:
         raise StudyError("STUDY_KEYS", "the study lists other keys for this hospital", site.name)
-    sigma = calibrate_noise(
-        epsilon=study.privacy.epsilon,
-        delta=study.privacy.delta,
-        sampling_rate=study.sampling_rate(site),
+    book = BudgetBook.open(home / policy.budget_book)
+    patients = load_declared(Path(policy.data), study, site, pseudonym_key=book.pseudonym_key, home=home)
+    p, rate = study.privacy, study.sampling_rate(site)
+    sigma = calibrate_noise(epsilon=p.epsilon, delta=p.delta, sampling_rate=rate, steps=study.total_steps)
+    terms = Terms(
+        delta=p.delta,
+        ceiling=p.epsilon,
+        total_ceiling=policy.max_epsilon,
+        noise_multiplier=sigma,
+        sampling_rate=rate,
+        clip_norm=p.clip_norm,
         steps=study.total_steps,
+        dataset=book.commitment(patients.pseudonyms),
+        patients=site.patients,
     )
-    with Ledger(home / "ledger.jsonl", site.name) as ledger:
-        ledger.open_study(study.hash, delta=study.privacy.delta, ceiling=study.privacy.epsilon)
+    with Ledger(home / "ledger.jsonl", site.name, signing=keys.signing, book=book.id) as ledger:
+        _enter(book, ledger, patients, policy.data_owner_key)
+        for earlier in ledger.history.studies:
+            if earlier != study.hash and not ledger.history.is_closed(earlier):
+                ledger.close_study(earlier)
+        ledger.open_study(study.hash, terms)
+        book.saw(ledger.history)
     _put_away(home, study)
     noise = {"study": study.hash, "noise_multiplier": sigma}
     checkpoint.write_bytes(home / NOISE, json.dumps(noise).encode())
@@ -118,6 +159,43 @@ def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement
     if not (home / "study.json").exists():  # joining again must not lose the others' signatures
         keep(home, agreement)
     return agreement
+
+
+def _enter(book: BudgetBook, ledger: Ledger, patients: PatientImages, owner_key: str) -> None:
+    """Enter this ledger in the book; where it is refused, write down what the data owner would have to allow."""
+    try:
+        book.enter(ledger.history, ledger.path, patients.pseudonyms, owner_key=owner_key)
+    except PrivacyError as error:
+        if error.code == "LEDGER_SAME_PATIENTS":
+            others = book.others(ledger.history.ledger_id, patients.pseudonyms)
+            request = {
+                "book": book.id,
+                "ledger": ledger.history.ledger_id,
+                "hospital": ledger.hospital,
+                "others": [{"ledger": o.ledger, "hospital": o.hospital, "since": o.since} for o in others],
+            }
+            checkpoint.write_bytes(ledger.path.with_name(REQUEST), json.dumps(request, indent=1).encode())
+        raise
+
+
+def allow_beside(home: Path, override: Path) -> None:
+    """Take in what the data owner signed: this ledger may stand beside others of the same patients.
+
+    Raises:
+        PrivacyError: LEDGER_OVERRIDE, not signed by the data owner of the policy for just this ledger; LEDGER_*.
+    """
+    policy, keys = Policy.load(home / "policy.toml"), HospitalKeys.load(home / "keys")
+    book = BudgetBook.open(home / policy.budget_book)
+    try:
+        fields = json.loads(override.read_text(encoding="utf-8"))
+        fields = {name: fields[name] for name in ("ledgers", "reason", "owner_key", "owner_signature")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PrivacyError("LEDGER_OVERRIDE", "this is nothing that a data owner signed", override.name) from None
+    with Ledger(home / "ledger.jsonl", policy.site, signing=keys.signing, book=book.id) as ledger:
+        check_override(fields, ledger.history, policy.data_owner_key)
+        ledger.override(**fields)
+        if ledger.history.studies:
+            book.saw(ledger.history)
 
 
 def keep(home: Path, agreement: Agreement) -> None:

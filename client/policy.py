@@ -25,7 +25,11 @@ class Policy(BaseModel):
     data: str
     """Folder with the DICOM files."""
     max_epsilon: Annotated[float, Field(gt=0, le=100)]
-    """Ceiling for the same patients over ALL studies in this hospital's ledger."""
+    """Ceiling for the same patients over ALL studies, in whichever of the hospital's ledgers."""
+    budget_book: str
+    """Folder of the hospital's budget book, the same for all its homes; a relative path starts at the home."""
+    data_owner_key: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    """Ed25519 public key of the data owner, who alone can allow a second ledger on the same patients."""
     min_cohort: Annotated[int, Field(ge=MIN_SITES)] = MIN_SITES
     """Smallest number of hospitals whose sum this hospital joins."""
     recipes: Annotated[tuple[str, ...], Field(min_length=1)] = ("cdcgan",)

@@ -8,12 +8,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Literal
 
+from fedmedgan.client.budget_book import BudgetBook
 from fedmedgan.client.policy import Policy
 from fedmedgan.deploy.site_config import SiteConfig
 from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import FedMedGanError
-from fedmedgan.shared.privacy.ledger import History
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import History
+from fedmedgan.shared.privacy.history import read as read_ledger
 
 
 class Skip(Exception):
@@ -51,6 +52,9 @@ class Place:
         if not (self.home / "study.json").exists():
             raise Skip("no study was agreed yet")
         return Agreement.load(self.home / "study.json")
+
+    def book(self) -> BudgetBook:
+        return BudgetBook.open(self.home / self.policy().budget_book)
 
     def history(self) -> History:
         """The verified ledger; an empty one where none was begun."""

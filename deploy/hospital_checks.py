@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,8 +9,6 @@ from pathlib import Path
 
 from fedmedgan.deploy.check import Place, Skip, check
 from fedmedgan.shared.errors import CryptoError, DataError, ModelError, PrivacyError, RunError, StudyError
-from fedmedgan.shared.privacy.budget import preview
-from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.study import Images
 
@@ -137,42 +134,33 @@ def model(place: Place) -> str:
 
 @check("ledger")
 def ledger(place: Place) -> str:
-    from fedmedgan.client import anchors
-
     history, own, notes = place.history(), place.policy().site, _notes(place, "model.safetensors")
     if history.hospital not in ("", own):
         raise PrivacyError("LEDGER_OWNER", f"it belongs to {history.hospital!r}", "ledger.jsonl")
     history.check_anchor(int(notes.get("ledger_seq", 0)), str(notes.get("ledger_head", "")))
-    signing = HospitalKeys.load(place.home / "keys").signing_public
-    history.check_anchor(*anchors.load(place.home).get(signing, (0, "")))
-    opened = {record.body["study"] for record in history.records if record.kind == "open"}
-    if (place.home / "study.json").exists() and place.agreement().study.hash not in opened:
+    if history.seq and history.signing_key != HospitalKeys.load(place.home / "keys").signing_public:
+        raise PrivacyError("LEDGER_OWNER", "it is signed with another key than this hospital's", "ledger.jsonl")
+    if history.seq:
+        place.book().check(history, place.home / "ledger.jsonl")
+    if (place.home / "study.json").exists() and place.agreement().study.hash not in history.studies:
         raise PrivacyError("LEDGER_ROLLBACK", "the study was joined, the ledger does not hold it", "ledger.jsonl")
-    return f"{history.seq} records, the chain is whole"
+    return f"{history.seq} records, the chain is whole, the last one is signed by this hospital"
 
 
 @check("budget")
 def budget(place: Place) -> str:
-    from fedmedgan.client.training.accountant import ENFORCED
+    from fedmedgan.client.outlook import outlook
 
-    agreed, rules, history = place.agreement().study, place.policy(), place.history()
-    t, rate = agreed.training, agreed.sampling_rate(agreed.site(rules.site))
-    applied = int(_notes(place, "model.safetensors").get("round", 0))
-    trained = max(applied, int(_notes(place, "update.safetensors").get("round", 0)))  # trained ahead of its sum: paid
-    planned = [TrainingSteps(_noise(place), rate, t.local_steps)] if trained < t.rounds else []
-    said = []
-    for scope, spent, ceiling in (
-        ("in this study", history.spent(agreed.hash), agreed.privacy.epsilon),
-        ("in all", history.spent(), rules.max_epsilon),
-    ):
-        decision = preview(spent, planned, delta=agreed.privacy.delta, ceiling=ceiling, accountants=ENFORCED)
-        if planned and not decision.allowed:
-            what = f"epsilon would be {decision.after_epsilon:.6g} {scope}, the ceiling is {ceiling:g}"
-            raise PrivacyError("BUDGET_EXHAUSTED", what, f"round {trained + 1}")
+    place.agreement()
+    found, said = outlook(place.home), []
+    for scope, decision in (("in this study", found.in_study), ("in all", found.in_all)):
+        if found.next_round and not decision.allowed:
+            what = f"epsilon would be {decision.after_epsilon:.6g} {scope}, the ceiling is {decision.ceiling:g}"
+            raise PrivacyError("BUDGET_EXHAUSTED", what, f"round {found.next_round}")
         if not decision.agree:
             raise PrivacyError("PRIVACY_ACCOUNTANTS", "the two accountants disagree", scope)
-        said.append(f"{decision.spent_epsilon:.3g} of {ceiling:g} {scope}")
-    after = f"round {trained + 1} fits" if planned else "no further round is to be paid"
+        said.append(f"{decision.spent_epsilon:.3g} of {decision.ceiling:g} {scope}")
+    after = f"round {found.next_round} fits" if found.next_round else "no further round is to be paid"
     return f"epsilon {', '.join(said)}; {after}"
 
 
@@ -181,14 +169,3 @@ def _notes(place: Place, name: str) -> dict[str, str | int]:
     from fedmedgan.client import checkpoint
 
     return checkpoint.read(place.home / name)[1] if (place.home / name).exists() else {}
-
-
-def _noise(place: Place) -> float:
-    """Sigma, which was calibrated when the hospital joined."""
-    from fedmedgan.client.joining import NOISE
-
-    try:
-        return float(json.loads((place.home / NOISE).read_text(encoding="utf-8"))["noise_multiplier"])
-    except (OSError, ValueError, KeyError, TypeError):
-        hint = "sign the study again, which writes it: `fedmedgan study sign`"
-        raise StudyError("CONFIG_NOT_FOUND", "the study's noise is not here", NOISE, hint=hint) from None

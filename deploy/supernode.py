@@ -18,6 +18,7 @@ from fedmedgan.deploy.site_config import SiteConfig
 from fedmedgan.shared.agreement import Agreement, Identity
 from fedmedgan.shared.errors import RunError, StudyError
 
+BOOK = "fedmedgan-budget-book"
 KIT, LOG, LOCK = "kit", "supernode.log", "flwr/site.lock"
 RESTART_SECONDS = 20.0
 """Flower refuses a key for up to 60 s after its connection was cut, and one that is not registered yet: then its
@@ -25,9 +26,19 @@ SuperNode ends, and is started again after this time, for as long as it takes.""
 
 
 def init(
-    kit: Path, home: Path, *, data: Path, max_epsilon: float, device: str = "auto", passphrase: bytes | None = None
+    kit: Path,
+    home: Path,
+    *,
+    data: Path,
+    max_epsilon: float,
+    budget_book: Path | None = None,
+    device: str = "auto",
+    passphrase: bytes | None = None,
 ) -> Identity:
     """Make a hospital's home from its kit: rules, keys, and the kit itself. Writes NAME.identity.json into it.
+
+    Args:
+        budget_book: folder that all homes of this hospital share; `BOOK` beside the home by default.
 
     Raises:
         RunError: KIT_*, RUN_PATH. StudyError: CONFIG_TYPE.
@@ -39,7 +50,13 @@ def init(
     if not data.is_dir():
         raise RunError("SITE_DATA", "the data folder is not there", str(data), hint="give the folder with DICOM files")
     identity = joining.init_home(
-        home, site=site, data=str(data.resolve()), max_epsilon=max_epsilon, device=device, passphrase=passphrase
+        home,
+        site=site,
+        data=str(data.resolve()),
+        max_epsilon=max_epsilon,
+        budget_book=(budget_book or home.resolve().parent / BOOK).resolve(),
+        device=device,
+        passphrase=passphrase,
     )
     kits.copy(kit, home / KIT)
     identity.save(home / f"{site}.identity.json")

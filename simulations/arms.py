@@ -39,7 +39,7 @@ from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, S
 from fedmedgan.shared.errors import DataError
 from fedmedgan.shared.privacy.budget import preview
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import consortium
 

@@ -71,7 +71,12 @@ def prepare(
             folder = data.get(site.name, home / PHANTOMS)
             ceiling = study.privacy.epsilon
             known = joining.init_home(
-                home, site=site.name, data=str(folder.resolve()), max_epsilon=ceiling, device=device
+                home,
+                site=site.name,
+                data=str(folder.resolve()),
+                max_epsilon=ceiling,
+                budget_book=Path("..", "..", "budget-books", site.name),
+                device=device,
             )
             identities.append(known)
             if site.name not in data:

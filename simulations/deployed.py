@@ -33,7 +33,7 @@ from fedmedgan.deploy.environment import BIN
 from fedmedgan.deploy.kit_config import Consortium
 from fedmedgan.shared.errors import RunError
 from fedmedgan.shared.privacy.budget import preview
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum.key_file import PASSPHRASE_VARIABLE
 from fedmedgan.shared.study import Study, load
 from fedmedgan.simulations import phantoms
@@ -124,6 +124,8 @@ class Deployed:
                 data,
                 "--max-epsilon",
                 str(self.study.privacy.epsilon),
+                "--budget-book",
+                self.folder / "budget-books" / site.name,
             ]
             self._run("site", "init", "--kit", self.folder / "kits" / site.name, *options, site=site.name)
             shutil.copy(home / f"{site.name}.identity.json", post)

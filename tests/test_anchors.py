@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ledgers import ledger_of
 from test_cycle import collect, hospitals, open_round
 
 from fedmedgan.client import anchors, checkpoint
@@ -15,10 +17,18 @@ from fedmedgan.server.app import KEY_FILE
 from fedmedgan.server.cycle import Coordinator
 from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import FedMedGanError, MessageError, PrivacyError
-from fedmedgan.shared.messages import Envelope, KeyGrant, Roll, Signed, Update, open_shown
+from fedmedgan.shared.messages import (
+    Certificate,
+    Envelope,
+    KeyGrant,
+    Roll,
+    Signed,
+    Update,
+    open_certificate,
+    open_shown,
+)
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import Ledger
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum.keys import load_signing_key
 from fedmedgan.simulations import consortium
 from fedmedgan.simulations.local_grid import LocalGrid
@@ -65,9 +75,19 @@ def lines(ledger: Path) -> list[bytes]:
 def fork(ledger: Path, study, kept: int, more: int) -> None:
     """Back to `kept` records, and on from there: every record is valid."""
     ledger.write_bytes(b"".join(lines(ledger)[:kept]))
-    with Ledger(ledger, "site-0") as opened:
+    with ledger_of(ledger.parent) as opened:
         for number in range(more):
             opened.reserve(study.hash, number + 1, [TrainingSteps(9.0, 0.25, 1)])
+
+
+def put_back(earlier: Path, place, *, book: bool = True) -> Path:
+    """Site-0 as it was in an earlier copy of the run folder, with its budget book or without. Returns its home."""
+    homes = [consortium.homes(folder, place[1])[0] for folder in (earlier, place[0])]
+    books = [folder / "budget-books" / "site-0" for folder in (earlier, place[0])]
+    for old, now in (homes, books)[: 1 + book]:
+        shutil.rmtree(now)
+        shutil.copytree(old, now)
+    return homes[1]
 
 
 ROLL_BACKS: dict[str, tuple[Callable[[Path, Path, object], object], str]] = {
@@ -75,8 +95,8 @@ ROLL_BACKS: dict[str, tuple[Callable[[Path, Path, object], object], str]] = {
     "to the beginning": (lambda now, old, study: now.write_bytes(b""), "LEDGER_ROLLBACK"),
     "removed": (lambda now, old, study: now.unlink(), "LEDGER_ROLLBACK"),
     "restored from a copy": (lambda now, old, study: shutil.copy(old, now), "LEDGER_ROLLBACK"),
-    "forked, as long": (lambda now, old, study: fork(now, study, 2, 1), "LEDGER_FORK"),
-    "forked, and longer": (lambda now, old, study: fork(now, study, 1, 7), "LEDGER_FORK"),
+    "forked, as long": (lambda now, old, study: fork(now, study, 3, 4), "LEDGER_FORK"),
+    "forked, and longer": (lambda now, old, study: fork(now, study, 2, 9), "LEDGER_FORK"),
 }
 
 
@@ -108,9 +128,7 @@ def test_the_hospital_itself_notices_by_its_model(states, after, name):
 
 def test_a_whole_home_restored_from_a_copy_is_noticed_by_its_own_words_at_the_server(states, after):
     place = after(2)
-    home = consortium.homes(*place)[0]
-    shutil.rmtree(home)
-    shutil.copytree(consortium.homes(states[0] / "1", place[1])[0], home)
+    home = put_back(states[0] / "1", place)
     silent = Roll(study=place[1].hash, approvals=(), anchors=())
     Hospital(home).present(silent)  # by itself it is whole: only others can know
     running = coordinator(place)
@@ -124,12 +142,17 @@ def test_a_whole_home_restored_from_a_copy_is_noticed_by_its_own_words_at_the_se
     assert "LEDGER_ROLLBACK" in (place[0] / "events.jsonl").read_text(), "and the coordinator's log says why"
 
 
+def test_a_whole_home_restored_from_a_copy_is_noticed_by_the_hospitals_budget_book(states, after):
+    home = put_back(states[0] / "1", after(2), book=False)
+    with pytest.raises(PrivacyError) as caught:
+        Hospital(home).present(Roll(study=states[1].hash, approvals=(), anchors=()))
+    assert caught.value.code == "LEDGER_ROLLBACK"
+
+
 def test_a_restored_home_that_went_another_way_is_a_fork(states, after):
     place = after(2)
-    home = consortium.homes(*place)[0]
-    shutil.rmtree(home)
-    shutil.copytree(consortium.homes(states[0] / "1", place[1])[0], home)
-    fork(home / "ledger.jsonl", place[1], 3, 4)
+    home = put_back(states[0] / "1", place)
+    fork(home / "ledger.jsonl", place[1], 7, 5)
     with coordinator(place).journal as journal:
         shown = Roll(study=place[1].hash, approvals=(), anchors=journal.anchors())
     with pytest.raises(PrivacyError) as caught:
@@ -172,24 +195,23 @@ def cheated(place, seq: int, head: str):
 )
 def test_peers_notice_by_the_certificate_where_the_server_keeps_still(after, back, code):
     place = after(1)
-    seq = read_ledger(consortium.homes(*place)[0] / "ledger.jsonl").seq
+    site = place[1].sites[0]
+    seq, _ = read_ledger(consortium.homes(*place)[1] / "ledger.jsonl").peers[site.signing_key]
     certificate, payload = cheated(place, seq - back, "5" * 64)
     for home in consortium.homes(*place)[1:]:
-        known, model = (home / anchors.FILE).read_bytes(), (home / "model.safetensors").read_bytes()
+        known, model = (home / "ledger.jsonl").read_bytes(), (home / "model.safetensors").read_bytes()
         with pytest.raises(PrivacyError) as caught:
             Hospital(home).apply_sum(certificate, payload)
         assert caught.value.code == code
         assert "site-0" in caught.value.line()
-        assert (home / anchors.FILE).read_bytes() == known
+        assert (home / "ledger.jsonl").read_bytes() == known
         assert (home / "model.safetensors").read_bytes() == model
 
 
 def test_a_journal_that_was_restored_too_has_nothing_to_bring_the_hospital_up_with(states, after):
     """Site-0 and the journal are back before round 1, the others are not: nothing is trained a second time."""
     place = after(2)
-    home = consortium.homes(*place)[0]
-    shutil.rmtree(home)
-    shutil.copytree(consortium.homes(states[0] / "0", place[1])[0], home)
+    home = put_back(states[0] / "0", place)
     for name in ("journal.db", "sums", "updates"):
         old, now = states[0] / "0" / name, place[0] / name
         shutil.rmtree(now, ignore_errors=True)
@@ -200,7 +222,7 @@ def test_a_journal_that_was_restored_too_has_nothing_to_bring_the_hospital_up_wi
     with pytest.raises(FedMedGanError) as caught:
         coordinator(place).run()
     assert caught.value.code == "RUN_JOURNAL"
-    assert read_ledger(home / "ledger.jsonl").seq == 1
+    assert read_ledger(home / "ledger.jsonl").spent() == []
 
 
 def test_the_server_refuses_the_update_of_a_shorter_ledger(after):
@@ -222,7 +244,7 @@ def test_peers_keep_anchors_over_studies_by_key_and_not_by_name(after):
     """A second study may give a hospital another name; its ledger goes on."""
     place = after(1)
     home = consortium.homes(*place)[1]
-    known = anchors.load(home)
+    known = read_ledger(home / "ledger.jsonl").peers
     study = place[1]
     assert set(known) == {site.signing_key for site in study.sites}
     sites = (study.sites[1].model_copy(update={"name": "other"}), *study.sites[2:], study.sites[0])
@@ -234,13 +256,18 @@ def test_peers_keep_anchors_over_studies_by_key_and_not_by_name(after):
     assert caught.value.code == "LEDGER_ROLLBACK"
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"a": 1}', b'{"a": ["1", "b"]}'])
-def test_damaged_anchors_are_not_guessed(after, text):
-    home = consortium.homes(*after(1))[1]
-    (home / anchors.FILE).write_bytes(text)
-    with pytest.raises(FedMedGanError) as caught:
-        anchors.load(home)
-    assert caught.value.code == "RUN_STATE"
+def test_the_certificate_is_kept_and_every_head_in_it_is_in_the_ledger(after):
+    place = after(2)
+    for home in consortium.homes(*place):
+        history = read_ledger(home / "ledger.jsonl")
+        written = [record.body for record in history.records if record.kind == "anchor"]
+        assert [body["round"] for body in written] == [1, 2]
+        for body in written:
+            kept = Signed.model_validate_json((home / "certificates" / f"round-{body['round']:04d}.json").read_bytes())
+            certificate = open_shown(Certificate, kept, place[1])
+            assert hashlib.sha256(kept.header.encode()).hexdigest() == body["certificate"]
+            for name, update in open_certificate(certificate, place[1]).items():
+                assert body["heads"][place[1].site(name).signing_key] == [update.ledger_seq, update.ledger_head]
 
 
 def test_the_model_names_the_ledger_that_it_was_made_under(after):

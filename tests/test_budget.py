@@ -8,16 +8,17 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledgers import PROOF, ledger_at, terms
 
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.accounting import calibrate_noise, epsilon_pld
 from fedmedgan.shared.privacy.budget import Budget, preview
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import Ledger, read
+from fedmedgan.shared.privacy.history import read
+from fedmedgan.shared.privacy.ledger import Ledger
 
 STUDY, OTHER, DELTA = "a" * 64, "b" * 64, 1e-4
 ROUND = TrainingSteps(1.0, 0.1, 10)
-NOISE = "os-aes256ctr"
 
 
 def steps(events, delta) -> float:
@@ -31,8 +32,8 @@ def says(value: float):
 
 @pytest.fixture
 def ledger(tmp_path):
-    with Ledger(tmp_path / "ledger.jsonl", "clinic-a") as ledger:
-        ledger.open_study(STUDY, delta=DELTA, ceiling=8.0)
+    with ledger_at(tmp_path / "ledger.jsonl") as ledger:
+        ledger.open_study(STUDY, terms())
         yield ledger
 
 
@@ -106,7 +107,7 @@ def test_rounds_run_until_the_next_one_would_break_the_ceiling(ledger):
     for number in (1, 2, 3):
         with budget(ledger).reserve(number, ROUND) as reservation:
             assert reservation.decision.after_epsilon == 10.0 * number
-            reservation.charge(10, noise_source=NOISE)
+            reservation.charge(10, **PROOF)
     error = refused("BUDGET_EXHAUSTED", budget(ledger).reserve(4, ROUND), ledger)
     assert "40" in error.what
     assert "30" in error.what
@@ -124,7 +125,7 @@ def test_a_crash_inside_a_round_spends_it_in_full(ledger):
 
 def test_fewer_steps_are_charged_and_an_untouched_round_is_taken_back(ledger):
     with budget(ledger).reserve(1, ROUND) as reservation:
-        reservation.charge(4, noise_source=NOISE)
+        reservation.charge(4, **PROOF)
     with budget(ledger).reserve(2, ROUND) as reservation:
         reservation.void("the folder could not be read")
     assert ledger.spent() == [ROUND.with_steps(4)]
@@ -134,14 +135,14 @@ def test_a_round_of_two_kinds_of_steps(ledger):
     second = TrainingSteps(2.0, 0.1, 5)
     with budget(ledger).reserve(1, ROUND, second) as reservation:
         assert reservation.decision.after_epsilon == 15.0
-        reservation.charge(10, 5, noise_source=NOISE)
+        reservation.charge(10, 5, **PROOF)
     assert ledger.spent() == [ROUND, second]
 
 
 def test_all_studies_share_the_hospitals_ceiling(ledger):
-    ledger.open_study(OTHER, delta=DELTA, ceiling=30.0)
+    ledger.open_study(OTHER, terms(ceiling=30.0))
     with budget(ledger, OTHER).reserve(1, ROUND, ROUND) as reservation:
-        reservation.charge(10, 10, noise_source=NOISE)
+        reservation.charge(10, 10, **PROOF)
     ledger.close_study(OTHER)
     limited = budget(ledger, study_ceiling=30.0, total_ceiling=30.0)
     with limited.reserve(1, ROUND) as reservation:
@@ -194,7 +195,7 @@ def test_the_noise_calibrated_for_a_study_pays_for_all_its_rounds_and_no_more(le
         with real.reserve(number, one_round) as reservation:
             curve.append(reservation.decision.after_epsilon)
             assert reservation.decision.spent_epsilon == curve[-2]
-            reservation.charge(20, noise_source=NOISE)
+            reservation.charge(20, **PROOF)
     assert all(before < after for before, after in pairwise(curve))
     assert 3.9 < curve[-1] <= 4.0
     refused("BUDGET_EXHAUSTED", real.reserve(6, one_round), ledger)

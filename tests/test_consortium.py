@@ -17,7 +17,7 @@ import pytest
 
 from fedmedgan.client import checkpoint
 from fedmedgan.deploy import coordinator, kits
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.simulations.deployed import SHORT_STUDY, Deployed, Party
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,12 @@ def test_every_hospital_ends_with_the_same_model_and_inside_its_budget(finished)
     assert closed["model_hash"] == said["hospitals"][0]["model_hash"]
     for name in NAMES:
         ledger = read_ledger(folder / "hospitals" / name / "ledger.jsonl")
-        assert [record.kind for record in ledger.records] == ["open", "reserve", "charge", "reserve", "charge"]
+        assert [record.kind for record in ledger.records] == [
+            *("begin", "open"),
+            *("reserve", "rotate", "charge", "release", "anchor"),
+            *("reserve", "charge", "release", "anchor"),
+            "close",
+        ]
 
 
 def test_what_answered_was_the_installed_app_behind_the_gate(finished):

@@ -13,7 +13,7 @@ from fedmedgan.client.cycle import Hospital
 from fedmedgan.server.aggregation import RoundSum
 from fedmedgan.shared.errors import CryptoError, DataError, FedMedGanError, MessageError, PrivacyError, RunError
 from fedmedgan.shared.messages import Applied, Envelope, RoundOpen, Update, open_certificate
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, keys
 from fedmedgan.shared.secure_sum.cipher import AddOnly
 from fedmedgan.shared.secure_sum.proof import update_blobs
@@ -76,10 +76,10 @@ def test_a_dropout_is_left_out_without_a_second_charge_and_comes_back_with_the_r
     opened = open_round(study, 1, key_id=key_id)
     for hospital in hospitals(keyed)[:3]:
         hospital.local_update(opened)  # the fourth never answers, so this attempt is given up
-    spent = [read_ledger(h.home / "ledger.jsonl").seq for h in hospitals(keyed)[:3]]
+    spent = [read_ledger(h.home / "ledger.jsonl").spent() for h in hospitals(keyed)[:3]]
     again = open_round(study, 1, everyone[:3], attempt=2, key_id=key_id)
     total, _ = collect(keyed, again)
-    assert [read_ledger(h.home / "ledger.jsonl").seq for h in hospitals(keyed)[:3]] == spent
+    assert [read_ledger(h.home / "ledger.jsonl").spent() for h in hospitals(keyed)[:3]] == spent
     certificate, payload = total.certify()
     hashes = {h.apply_sum(certificate, payload).open(Applied, study).model_hash for h in hospitals(keyed)}
     assert len(hashes) == 1, "the fourth applies the sum that it is not in"
@@ -168,7 +168,7 @@ def test_unreadable_data_gives_the_reservation_back(keyed):
     with pytest.raises(DataError):
         Hospital(hospital.home).local_update(open_round(study, 1, key_id=hospital.keys.key_id))
     history = read_ledger(hospital.home / "ledger.jsonl")
-    assert [r.kind for r in history.records][-2:] == ["reserve", "void"]
+    assert [r.kind for r in history.records][-3:] == ["reserve", "rotate", "void"]
     assert history.spent() == []
 
 

@@ -44,6 +44,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from ledgers import ledger_of, terms
 from typer.testing import CliRunner
 
 from fedmedgan.cli import doctor as command
@@ -56,7 +57,7 @@ from fedmedgan.deploy.site_config import SiteConfig
 from fedmedgan.shared.agreement import Identity, assemble, sign
 from fedmedgan.shared.errors import HINTS, RunError
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import Ledger, read
+from fedmedgan.shared.privacy.history import read
 from fedmedgan.shared.secure_sum import keys
 from fedmedgan.simulations.phantoms import vendor_for, write_hospital
 
@@ -252,7 +253,8 @@ def joined(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hospital")
     write_hospital(folder / "data", patients=24, seed=5, vendor=vendor_for(0), size=32)
     home, study = folder / "home", tiny_study(3)
-    identities = [joining.init_home(home, site=SITE, data=str(folder / "data"), max_epsilon=25, device="cpu")]
+    book, data = Path("..", "budget-book"), str(folder / "data")
+    identities = [joining.init_home(home, site=SITE, data=data, max_epsilon=25, budget_book=book, device="cpu")]
     others = {site.name: keys.generate_identity() for site in study.sites[1:]}
     identities += [joining.identity(name, own) for name, own in others.items()]
     relay = Ed25519PrivateKey.generate()
@@ -276,6 +278,7 @@ def closed(tmp_path_factory) -> Path:
 def place(joined, closed, tmp_path) -> Place:
     """A copy of that home, with a kit whose coordinator is not there."""
     shutil.copytree(joined, tmp_path / "home")
+    shutil.copytree(joined.parent / "budget-book", tmp_path / "budget-book")
     kits.copy(closed / SITE, tmp_path / "home" / "kit")
     return Place(tmp_path / "home", tmp_path / "home" / "kit")
 
@@ -671,31 +674,31 @@ def test_a_model_that_is_damaged_or_of_another_study(place):
 def test_a_ledger_that_is_damaged_shortened_or_gone(place):
     path, study = place.home / "ledger.jsonl", place.agreement().study
     early = path.read_bytes()
-    with Ledger(path, SITE) as ledger:
+    with ledger_of(place.home) as ledger:
         ledger.reserve(study.hash, 1, [TrainingSteps(1.0, 0.25, 2)])
-    whole = read(path)
+    whole, whole_bytes = read(path), path.read_bytes()
     notes = {"ledger_seq": whole.seq, "ledger_head": whole.head}
     checkpoint.write(place.home / "model.safetensors", MODEL, round=1, study=study.hash, **notes)
-    assert hospital_checks.ledger(place).what == "2 records, the chain is whole"
+    assert hospital_checks.ledger(place).what.startswith("3 records, the chain is whole")
     with path.open("r+b") as file:
         file.seek(60)
         file.write(b"X")
     failed(hospital_checks.ledger(place), "LEDGER_CORRUPT")
     path.write_bytes(early)
     failed(hospital_checks.ledger(place), "LEDGER_ROLLBACK")
-    with Ledger(path, SITE) as ledger:
+    with ledger_of(place.home) as ledger:
         ledger.reserve(study.hash, 1, [TrainingSteps(1.0, 0.25, 1)])
     failed(hospital_checks.ledger(place), "LEDGER_FORK")
     (place.home / "model.safetensors").unlink()
-    assert hospital_checks.ledger(place).ok == "ok"
-    signing = keys.HospitalKeys.load(place.home / "keys").signing_public
-    (place.home / "anchors.json").write_text(json.dumps({signing: [whole.seq, whole.head]}))
-    failed(hospital_checks.ledger(place), "LEDGER_FORK")
-    (place.home / "anchors.json").unlink()
+    assert hospital_checks.ledger(place).ok == "ok", "the book has not seen the records that were replaced"
+    path.write_bytes(whole_bytes)
+    place.book().saw(whole)
+    path.write_bytes(early)
+    failed(hospital_checks.ledger(place), "LEDGER_ROLLBACK")
     path.unlink()
     failed(hospital_checks.ledger(place), "LEDGER_ROLLBACK")
-    with Ledger(path, "site-1") as ledger:
-        ledger.open_study(study.hash, delta=0.01, ceiling=20.0)
+    with ledger_of(place.home, "site-1") as ledger:
+        ledger.open_study(study.hash, terms(delta=0.01, ceiling=20.0))
     failed(hospital_checks.ledger(place), "LEDGER_OWNER")
 
 
@@ -704,7 +707,7 @@ def test_a_budget_that_does_not_hold_the_next_round(place):
     assert "epsilon 0 of 20 in this study, 0 of 25 in all; round 1 fits" in hospital_checks.budget(place).what
     noise = json.loads((place.home / joining.NOISE).read_text())["noise_multiplier"]
     step = TrainingSteps(noise, study.sampling_rate(study.site(SITE)), study.training.local_steps)
-    with Ledger(place.home / "ledger.jsonl", SITE) as ledger:
+    with ledger_of(place.home) as ledger:
         for round in (1, 2):
             ledger.reserve(study.hash, round, [step])
     assert "in this study" in failed(hospital_checks.budget(place), "BUDGET_EXHAUSTED")

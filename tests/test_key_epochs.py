@@ -36,7 +36,7 @@ from fedmedgan.shared.messages import (
     open_shown,
     split_parts,
 )
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum import epochs, keys
 from fedmedgan.shared.secure_sum.keys import Epoch, HospitalKeys, load_signing_key
 from fedmedgan.simulations import consortium

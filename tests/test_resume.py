@@ -22,7 +22,7 @@ from fedmedgan.server.cycle import Coordinator
 from fedmedgan.shared import crash
 from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.messages import Envelope, Update
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum.keys import load_signing_key
 from fedmedgan.simulations import consortium
 from fedmedgan.simulations.local_grid import LocalGrid

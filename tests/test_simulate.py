@@ -14,7 +14,7 @@ import pytest
 from conftest import tiny_study
 
 from fedmedgan.client import checkpoint
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.simulations import consortium, phantoms, record
 

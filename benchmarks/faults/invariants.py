@@ -11,7 +11,7 @@ from fedmedgan.client.cycle import Hospital
 from fedmedgan.server.journal import Journal
 from fedmedgan.shared.messages import open_certificate
 from fedmedgan.shared.privacy.accounting import epsilon_pld
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import consortium
 

@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from faults import ledger_writer
 from faults.figures import Figure, at_least
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import History, Ledger, read
+from fedmedgan.shared.privacy.history import History, read
 
 NAME = "ledger"
 NOTES = [
@@ -152,17 +153,20 @@ def sample(path: Path) -> bytes:
     """A ledger with records of every kind."""
     first, other = "a" * 64, "b" * 64
     path.unlink(missing_ok=True)
-    with Ledger(path, "hospital-1") as ledger:
-        ledger.open_study(other, delta=1e-5, ceiling=2.0)
+    with ledger_writer.begin(path) as ledger:
+        ledger.open_study(other, ledger_writer.terms(1e-5))
         ledger.void(ledger.reserve(other, 1, [TrainingSteps(1.3, 0.02, 5)]), "the folder could not be read")
         ledger.close_study(other)
     with path.open("ab") as file:
         file.write(b'{"body":{"')  # a torn write, so that there is a repair on record
-    with Ledger(path, "hospital-1") as ledger:
-        ledger.open_study(first, delta=1e-4, ceiling=8.0)
+    with ledger_writer.begin(path) as ledger:
+        ledger.open_study(first, ledger_writer.terms(1e-4))
         while ledger.history.seq < RECORDS:
             seq = ledger.reserve(first, ledger.history.seq, [TrainingSteps(1.1, 0.05, 30), TrainingSteps(2.0, 0.1, 7)])
-            ledger.charge(seq, 30, 7, noise_source="os-aes256ctr")
+            ledger.charge(seq, 30, 7, **ledger_writer.PROOF)
+            ledger.release(
+                first, round=ledger.history.records[seq - 1].body["round"], attempt=1, sha256="f" * 64, size=9
+            )
     return path.read_bytes()
 
 

@@ -39,7 +39,7 @@ from fedmedgan.server.journal import Journal
 from fedmedgan.shared import crash
 from fedmedgan.shared.messages import Certificate, Envelope, parse
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum import keys
 from fedmedgan.shared.study import MIN_SITES, Study, from_dict
 from fedmedgan.simulations import consortium

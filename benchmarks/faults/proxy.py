@@ -27,7 +27,7 @@ CHUNK = 1 << 16
 HANDSHAKE_BYTES = 1500
 """A direction that has carried so many is past the handshake, of which TLS ignores a few bytes (record versions)."""
 ALERT_BYTES = 1000
-"""An alert is smaller, even with the two session tickets that a server sends after the handshake (510 bytes measured)."""
+"""An alert is smaller, even with the session tickets that a server sends after the handshake: 510 bytes."""
 Late = asyncio.Queue[tuple[float, bytes]]
 """Chunks with the time when they are due; an empty one is the end of the stream."""
 CUT_BYTES = 20_000

@@ -38,7 +38,7 @@ from faults.cohort import Cohort
 from faults.mutators import Rng, mutate
 from fedmedgan.shared.errors import FedMedGanError
 from fedmedgan.shared.messages import Envelope
-from fedmedgan.shared.privacy.ledger import read as read_ledger
+from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum import cipher, epochs, keys
 
 SECONDS, MEMORY = 60, 8 << 30

@@ -36,7 +36,8 @@ def rollbacks(folder: Path) -> list[Figure]:
         while not any(e["event"] == "round_applied" and e["round"] == 1 for e in events(base)):
             time.sleep(0.01)
         os.kill(child, signal.SIGSTOP)
-        shutil.copytree(base / "hospitals", old)
+        for name in ("hospitals", "budget-books"):
+            shutil.copytree(base / name, old / name)
         os.kill(child, signal.SIGCONT)
         while not any(e["event"] == "round_applied" and e["round"] == 2 for e in events(base)):
             time.sleep(0.01)
@@ -56,7 +57,7 @@ def rollbacks(folder: Path) -> list[Figure]:
     for name, damage in cases.items():
         for site in study.sites:
             run = Path(shutil.copytree(base, folder / "case"))
-            damage(run, consortium.home_of(run, site.name), old / site.name)
+            damage(run, consortium.home_of(run, site.name), old / "hospitals" / site.name)
             run_to_end(run, study)
             said = [*events(run), *(e for home in consortium.homes(run, study) for e in events(home))]
             found = any("LEDGER_" in str(e.get("reason", "")) + str(e.get("error", "")) for e in said)
@@ -72,9 +73,12 @@ def _cut(path: Path, records: int) -> None:
 
 
 def _whole(home: Path, earlier: Path) -> None:
+    """With the hospital's budget book, which would notice by itself."""
     events_file = (home / "events.jsonl").read_bytes()
-    shutil.rmtree(home)
-    shutil.copytree(earlier, home)
+    books = [folder.parents[1] / "budget-books" / folder.name for folder in (home, earlier)]
+    for now, then in ((home, earlier), books):
+        shutil.rmtree(now)
+        shutil.copytree(then, now)
     (home / "events.jsonl").write_bytes(events_file)
 
 

@@ -7,7 +7,7 @@
     a file that is no ledger                         LEDGER_CORRUPT
     lines of another hospital, or of another ledger  LEDGER_OWNER, LEDGER_CORRUPT
     charge for more steps than reserved              LEDGER_STATE
-    release of a round that was never charged        LEDGER_STATE
+    release of a round for which nothing is spent    LEDGER_STATE
 
 Every line holds the hash of the line before, signature included, so the signature of the last line vouches for the
 whole file: `verify` checks that one. `fedmedgan audit verify` checks every one.
@@ -22,7 +22,16 @@ from typing import Any
 
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.events import TrainingSteps, merge
-from fedmedgan.shared.privacy.records import LINE_START, Record, Terms, decode, events_of, is_signed, line_hash
+from fedmedgan.shared.privacy.records import (
+    LINE_START,
+    Record,
+    Terms,
+    decode,
+    events_of,
+    failed_checks,
+    is_signed,
+    line_hash,
+)
 
 NOTHING = "0" * 64
 """What the first record names as its predecessor."""
@@ -48,6 +57,7 @@ class History:
         self._charged: list[tuple[str, TrainingSteps]] = []
         self._rounds: set[tuple[str, int]] = set()
         self._epochs: dict[str, int] = {}
+        self._unproven: set[str] = set()
 
     @property
     def seq(self) -> int:
@@ -109,6 +119,10 @@ class History:
         """The latest key epoch of a study on record; 0 if none is."""
         return self._epochs.get(study, 0)
 
+    def proof_failed(self, study: str) -> bool:
+        """Whether a test of the study's latest charged round failed, and the study was not opened again since."""
+        return study in self._unproven
+
     def refuse(self, body: Mapping[str, Any]) -> None:
         """Raise LEDGER_STATE where a new record does not fit what came before."""
         kind, study = body["kind"], body["study"]
@@ -126,10 +140,14 @@ class History:
             raise _state(f"{kind}: the study was never opened", body)
         if kind in ("charge", "void"):
             self._refuse_settling(body)
-        if kind == "release" and (study, body["round"]) not in self._rounds:
-            raise _state("release: the round was never charged", body)
+        if kind == "release" and not self._is_paid(study, body["round"]):
+            raise _state("release: nothing is spent for that round", body)
         if kind == "rotate" and body["epoch"] <= self.key_epoch(study):
             raise _state("rotate: the key epoch is not a later one", body)
+
+    def _is_paid(self, study: str, round: int) -> bool:
+        reserved = ((b["study"], b["round"]) for b in self._unsettled.values())
+        return (study, round) in self._rounds or (study, round) in reserved
 
     def _refuse_settling(self, body: Mapping[str, Any]) -> None:
         kind, reserved = body["kind"], self._unsettled.get(body["reserve"])
@@ -148,6 +166,7 @@ class History:
         match record.kind:
             case "open":
                 self._opened[study] = body
+                self._unproven.discard(study)
             case "close":
                 self._closed.add(study)
             case "reserve":
@@ -159,6 +178,8 @@ class History:
                 done = zip(events_of(reserved), body["steps"], strict=True)
                 self._charged += [(study, event.with_steps(steps)) for event, steps in done]
                 self._rounds.add((study, reserved["round"]))
+                if failed_checks(body["checks"]):
+                    self._unproven.add(study)
             case "anchor":
                 self.peers |= {key: (seq, head) for key, (seq, head) in body["heads"].items()}
             case "rotate":
@@ -206,18 +227,18 @@ def read(path: Path) -> History:
 
 def verify(raw: bytes, name: str) -> History:
     """Check form, chain, order and the last signature of a ledger's bytes. Errors as `read`, which calls it."""
-    history, line = History(), b""
-    for line in complete_lines(raw):
+    history, lines = History(), complete_lines(raw)
+    for line in lines:
         where = f"{name} record {history.seq + 1}"
         body = decode(line, where)
         if body["seq"] != history.seq + 1 or body["prev"] != history.head:
             raise PrivacyError("LEDGER_CORRUPT", "the chain is broken", where)
+        if body["seq"] == len(lines) and not is_signed(line, history.signing_key or body.get("signing_key", "")):
+            raise PrivacyError("LEDGER_SIGNATURE", "the ledger's key did not sign this", where)
         if history.records and body["hospital"] != history.hospital:
             raise PrivacyError("LEDGER_OWNER", "records of two hospitals in one ledger", where)
         history.refuse(body)
         history.add(Record(body, line_hash(line)))
-    if line and not is_signed(line, history.signing_key):
-        raise PrivacyError("LEDGER_SIGNATURE", "the ledger's key did not sign this", f"{name} record {history.seq}")
     tail = raw[raw.rfind(b"\n") + 1 :]
     if tail:
         _refuse_strange_tail(tail, f"{name} record {history.seq + 1}")

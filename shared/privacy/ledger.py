@@ -1,10 +1,10 @@
 """The privacy ledger of one hospital: what was done to its patients' data, for ever.
 
-A file of signed lines (JSONL; records.py has their form, history.py how they are verified). Each holds a running number,
-the SHA-256 of the previous RAW LINE, the time, the hospital, the study and the kind of record.
+A file of signed lines (JSONL; records.py has their form, history.py how they are verified). Each holds a running
+number, the SHA-256 of the previous RAW LINE, the time, the hospital, the study and the kind of record.
 
-Two phases: a round's steps are RESERVED, written and fsynced before any patient's image is touched; afterwards the steps
-that were really done are CHARGED. A reservation that was never settled (a crash) is spent in full.
+Two phases: a round's steps are RESERVED, written and fsynced before any patient's image is touched; afterwards the
+steps that were really done are CHARGED. A reservation that was never settled (a crash) is spent in full.
 
 A ledger alone cannot show that an older copy was put back: its head rides in every update, so server and peers hold it,
 and the hospital's `anchor` records hold theirs.
@@ -44,7 +44,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.privacy.history import History, verify
+from fedmedgan.shared.privacy.history import verify
 from fedmedgan.shared.privacy.records import FORMAT, Record, Terms, encode, event_fields, line_hash
 
 
@@ -122,15 +122,17 @@ class Ledger:
     def open_study(self, study: str, terms: Terms) -> None:
         """Record the terms of a study, and the versions of the accountants and of this code.
 
-        Opening again under the same terms writes nothing. A new ceiling, version or set of patients is recorded; a new
-        delta is refused (LEDGER_STATE), and so is a closed study.
+        Opening again under the same terms writes nothing, unless a round's test failed: then somebody has looked into
+        it. A new ceiling, version or set of patients is recorded; a new delta is refused (LEDGER_STATE), and so is a
+        closed study.
 
         Args:
             study: its hash, 64 hex digits.
         """
         recorded = next((r.body for r in reversed(self.records) if (r.kind, r.body["study"]) == ("open", study)), {})
         fields = terms.fields() | {"versions": _versions()}
-        if self.history.is_closed(study) or any(recorded.get(name) != value for name, value in fields.items()):
+        changed = any(recorded.get(name) != value for name, value in fields.items())
+        if changed or self.history.is_closed(study) or self.history.proof_failed(study):
             self._append("open", study, **fields)
 
     def reserve(self, study: str, round: int, events: Sequence[TrainingSteps]) -> int:
@@ -176,7 +178,7 @@ class Ledger:
             sha256, size: of the encrypted payload.
 
         Raises:
-            PrivacyError: LEDGER_STATE, the round was never charged.
+            PrivacyError: LEDGER_STATE, nothing is spent for that round.
         """
         self._append("release", study, round=round, attempt=attempt, what="update", sha256=sha256, bytes=size)
 

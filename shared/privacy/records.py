@@ -37,7 +37,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedmedgan.shared.errors import PrivacyError
-from fedmedgan.shared.privacy.events import ADJACENCY, SAMPLING, UNIT, TrainingSteps
+from fedmedgan.shared.privacy.events import ADJACENCY, SAMPLING, UNIT, TrainingSteps, check_delta, real
 
 FORMAT = 2
 DOMAIN = b"fedmedgan ledger 2\n"
@@ -86,6 +86,11 @@ class Terms:
     """Keyed hash over the patients: 64 hex digits."""
     patients: int
     """As declared in the study, which is public; never the real number."""
+
+    def __post_init__(self) -> None:
+        for name in _REAL_TERMS:
+            object.__setattr__(self, name, real(getattr(self, name), name))
+        check_delta(self.delta)
 
     def fields(self) -> dict[str, Any]:
         """As they stand in the record."""
