@@ -40,6 +40,7 @@ HINTS: dict[str, str] = {
     "DATA_UNSAFE_PATH": "keep only regular files inside the data folder",
     "DATA_PATIENT_ID": "the unit of privacy is the patient: every image needs a Patient ID",
     "DATA_LABEL": "put images into one folder per class, or add labels.csv with the columns path,label",
+    "DATA_CHANGED": "sign the study again for these patients, `fedmedgan study sign`, or put the earlier ones back",
     "DATA_TOO_FEW": "the study promises more patients at this site; correct `patients` in the study",
     "DATA_REFUSED": "the hospital's own events.jsonl says why; nobody else is told",
     "DATA_DUPLICATE": "remove the copy",
@@ -67,6 +68,7 @@ HINTS: dict[str, str] = {
     # privacy
     "PRIVACY_RANGE": "noise multiplier, sampling rate, steps and delta must be finite and in range",
     "PRIVACY_ACCOUNTANTS": "two independent accountants disagree: report this as a bug",
+    "PRIVACY_PROOF": "the update was thrown away; report this, look into it, then sign the study again",
     "PRIVACY_MODEL": "the network is not safe for per-patient gradients; use a listed recipe",
     "BUDGET_EXHAUSTED": "the round was not started; only the data owner can raise the budget",
     "LEDGER_CORRUPT": "restore the ledger from a backup and report it: it must never be edited",
@@ -77,6 +79,8 @@ HINTS: dict[str, str] = {
     "LEDGER_ROLLBACK": "an older copy of the ledger was put back: restore the newest one, or ask the data owner",
     "LEDGER_FORK": "the ledger was continued twice from one point: ask the data owner which one is true",
     "LEDGER_BOOK": "give the budget book that this hospital's ledgers were begun under; never make a new one",
+    "LEDGER_SAME_PATIENTS": "only the data owner can allow a second ledger on them: `fedmedgan site override`",
+    "LEDGER_OVERRIDE": "the data owner signs anew, for just this ledger, these others and this reason",
     "LEDGER_OWNER": "each hospital's ledger is its own; give the right one",
     # cryptography
     "HE_SECRET_AT_SERVER": "the server must never hold a key; remove it from this machine",
