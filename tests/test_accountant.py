@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,33 @@ def test_the_accountants_agree(sigma, q, steps):
 @pytest.mark.parametrize(("sigma", "q", "steps"), DENSE)
 def test_the_accountants_agree_over_a_dense_grid(sigma, q, steps, delta):
     check(sigma, q, steps, delta)
+
+
+ORDERED = list(
+    itertools.product([0.8, 1.2, 2.0, 4.0, 8.0], [0.01, 0.03, 0.1, 0.3, 1.0], [10, 100], [1e-4, 1e-5, 1e-6, 1e-8])
+)
+"""(sigma, q, steps, delta): 200 points."""
+
+
+@pytest.mark.parametrize(
+    "points", [ORDERED[::10], pytest.param(ORDERED, marks=pytest.mark.slow)], ids=lambda p: f"{len(p)} points"
+)
+def test_pld_is_at_most_prv_and_prv_at_most_rdp(points):
+    """Three methods, two code bases, in the order of theory: the tightest, its second opinion, the loosest."""
+    for sigma, q, steps, delta in points:
+        events = [TrainingSteps(sigma, q, steps)]
+        pld, prv, rdp = (accountant(events, delta) for accountant in (epsilon_pld, epsilon_prv, epsilon_rdp))
+        assert pld <= prv <= rdp, (sigma, q, steps, delta)
+
+
+def test_the_gaussian_clt_accountant_is_nowhere():
+    """It says 8.4 where 9.95 is spent, so nothing may import it or ask for it by name."""
+    root = Path(__file__).parents[1]
+    rooms = ("shared", "server", "client", "deploy", "audit", "simulations", "cli")
+    sources = [path for room in rooms for path in (root / room).rglob("*.py")]
+    assert len(sources) > 80
+    named = re.compile(r"GaussianAccountant|accountants\.gdp|analysis\.gdp|[\"']gdp[\"']", re.IGNORECASE)
+    assert not [path.name for path in sources if named.search(path.read_text())]
 
 
 @pytest.mark.parametrize(("epsilon", "delta", "q", "steps"), [(8.0, 1e-4, 0.16, 300), (0.1, 1e-5, 0.02, 500)])

@@ -22,6 +22,7 @@ from fedmedgan.shared.privacy.accounting import (
     epsilon_after_rounds,
     epsilon_pld,
     epsilon_rdp,
+    epsilon_replace_one,
 )
 from fedmedgan.shared.privacy.events import TrainingSteps
 
@@ -102,8 +103,47 @@ def test_pld_gives_the_published_figures(sigma, q, steps, expected):
     assert epsilon_pld([TrainingSteps(sigma, q, steps)], DELTA) == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.parametrize(("sigma", "steps", "delta"), [(30.0, 300, 1e-5), (2.0, 1, 1e-5), (10.0, 40, 1e-6)])
+def test_replacing_one_is_exact_where_everybody_takes_part(sigma, steps, delta):
+    """One patient's gradient may turn into its opposite: twice the distance, so half the noise."""
+    truth = gaussian_epsilon(sigma / 2, steps, delta)
+    found = epsilon_replace_one([TrainingSteps(sigma, 1.0, steps)], delta)
+    assert truth - 1e-6 <= found <= truth * 1.002 + 1e-4
+
+
+@pytest.mark.parametrize(("sigma", "q"), [(0.8, 0.03), (1.0, 0.1), (2.0, 0.5)])
+def test_replacing_one_is_exact_for_one_subsampled_step(sigma, q):
+    """Oracle: the hockey-stick divergence of two mixtures, with the patient's gradient and with its opposite."""
+    x = np.linspace(-14 * sigma - 1, 14 * sigma + 1, 400_001)
+    with_it, with_other = ((1 - q) * norm(0, sigma).pdf(x) + q * norm(at, sigma).pdf(x) for at in (1, -1))
+
+    def gap(epsilon: float) -> float:
+        return integrate.trapezoid(np.maximum(with_it - math.exp(epsilon) * with_other, 0), x) - DELTA
+
+    truth = optimize.brentq(gap, 0, 50)
+    assert epsilon_replace_one([TrainingSteps(sigma, q, 1)], DELTA) == pytest.approx(truth, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps", "expected"),
+    [(1.0, 0.01, 10_000, 10.88), (1.0, 0.05, 2000, 29.67), (0.8, 0.02, 3000, 17.74)],
+)
+def test_replacing_one_costs_more(sigma, q, steps, expected):
+    events = [TrainingSteps(sigma, q, steps)]
+    replace_one = epsilon_replace_one(events, DELTA)
+    assert replace_one == pytest.approx(expected, rel=2e-3)
+    assert 1.2 < replace_one / epsilon_pld(events, DELTA) < 2.5
+
+
+def test_replacing_one_has_a_closed_bound_where_there_is_no_hope():
+    hopeless = [TrainingSteps(0.5, 1.0, 200)]
+    assert epsilon_replace_one(hopeless, DELTA) > epsilon_rdp(hopeless, DELTA) > HOPELESS_EPSILON
+    truth = 4 * 200 / 0.5**2 / 2  # the mean of the privacy loss alone
+    assert truth < epsilon_replace_one(hopeless, DELTA) < 1.2 * truth
+
+
 def test_nothing_done_costs_nothing():
-    for accountant in (epsilon_pld, epsilon_rdp):
+    for accountant in (epsilon_pld, epsilon_rdp, epsilon_replace_one):
         assert accountant([], DELTA) == 0.0
         assert accountant([TrainingSteps(1.0, 0.1, 0)], DELTA) == 0.0
 
@@ -155,7 +195,7 @@ def test_nonsense_is_refused_before_an_accountant_sees_it(delta, monkeypatch):
 
     monkeypatch.setattr(accounting, "PLDAccountant", never)
     monkeypatch.setattr(accounting, "RdpAccountant", never)
-    for accountant in (epsilon_pld, epsilon_rdp):
+    for accountant in (epsilon_pld, epsilon_rdp, epsilon_replace_one):
         with pytest.raises(PrivacyError) as caught:
             accountant([TrainingSteps(1.0, 0.1, 10)], delta)
         assert caught.value.code == "PRIVACY_RANGE"

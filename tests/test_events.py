@@ -96,6 +96,6 @@ def test_merge_of_more_steps_than_an_accountant_takes_is_refused():
 
 
 def test_the_statement_names_unit_adjacency_and_sampling():
-    text = statement(7.983, 1e-4)
-    for part in ("(7.98, 0.0001)", "one patient", "add or remove", "Poisson", "pays the sum"):
+    text = statement(7.983, 1e-4, 13.21)
+    for part in ("(7.98, 0.0001)", "one patient", "add or remove", "replace", "13.2", "Poisson", "pays the sum"):
         assert part in text

@@ -101,12 +101,17 @@ def merge(events: Iterable[TrainingSteps]) -> list[TrainingSteps]:
     return [TrainingSteps(*key, count) for key, count in sorted(steps.items()) if count]
 
 
-def statement(epsilon: float, delta: float) -> str:
-    """The promise in one sentence: an epsilon is never shown without its unit, adjacency and sampling."""
+def statement(epsilon: float, delta: float, replace_one: float) -> str:
+    """The promise in one sentence: an epsilon is never shown without its unit, adjacency and sampling.
+
+    Args:
+        epsilon: of what was done, for adding or removing one patient.
+        replace_one: of the same, for replacing one patient by another (`accounting.epsilon_replace_one`).
+    """
     return (
         f"({epsilon:.3g}, {delta:.3g})-differential privacy at this hospital; unit: one patient with all "
-        "images and labels; adjacency: add or remove one patient (replacing costs more); sampling: Poisson, "
-        "by patient. A patient known to several hospitals pays the sum."
+        f"images and labels; adjacency: add or remove one patient (replace one patient: epsilon {replace_one:.3g}); "
+        "sampling: Poisson, by patient. A patient known to several hospitals pays the sum."
     )
 
 
