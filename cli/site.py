@@ -126,10 +126,11 @@ def budget(home: Home, passphrase_file: Passphrase = None) -> None:
         else:
             said = f"round {found.next_round} of {found.rounds} " + ("fits" if found.fits else "WOULD BE REFUSED")
         console.print(said, soft_wrap=True)
-        console.print(statement(found.in_study.spent_epsilon, found.delta), soft_wrap=True)
+        console.print(statement(found.in_study.spent_epsilon, found.delta, found.replace_one), soft_wrap=True)
 
     data = {"hospital": found.hospital, "study": found.study, "delta": found.delta, "next_round": found.next_round}
     data |= {"rounds": found.rounds, "fits": found.fits, "other_ledgers": found.other_ledgers}
+    data |= {"epsilon_replace_one": found.replace_one}
     for name, (_, decision) in zip(("in_study", "in_all"), scopes, strict=True):
         data[name] = {
             "spent": decision.spent_epsilon,

@@ -13,6 +13,7 @@ from fedmedgan.client.policy import Policy
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import StudyError
+from fedmedgan.shared.privacy.accounting import epsilon_replace_one
 from fedmedgan.shared.privacy.budget import Decision, preview
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.history import History
@@ -33,6 +34,8 @@ class Outlook:
     in_study: Decision
     in_all: Decision
     """Over all studies of the same patients, in every ledger of the budget book."""
+    replace_one: float
+    """Epsilon of what the study spent, where one patient is replaced by another."""
     other_ledgers: int
     """Ledgers of the same patients in other homes."""
 
@@ -67,6 +70,7 @@ def outlook(home: Path) -> Outlook:
         next_round=trained + 1 if planned else None,
         in_study=decide(history.spent(study.hash), study.privacy.epsilon),
         in_all=decide([*history.spent(), *elsewhere], policy.max_epsilon),
+        replace_one=epsilon_replace_one(history.spent(study.hash), study.privacy.delta),
         other_ledgers=len(book.beside(history.ledger_id)) if history.studies else 0,
     )
 

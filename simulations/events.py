@@ -175,6 +175,9 @@ class DataLoaded:
     seconds: Seconds
 
 
+Verdict = Literal["passed", "failed", "too-few", "not-run"]
+
+
 @checked_dataclass(frozen=True, config=STRICT)
 class Trained:
     event: Literal["trained"]
@@ -189,6 +192,8 @@ class Trained:
     ceiling: Annotated[float, Field(gt=0)]
     noise_multiplier: Annotated[float, Field(ge=0)]
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    checks: dict[Literal["noise", "clipping", "rows", "sampling"], Verdict]
+    """What the tests of noise, clipping, rows and sampling said."""
     quantize_seconds: Seconds = 0.0
 
 

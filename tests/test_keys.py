@@ -67,7 +67,7 @@ def weak_scrypt(monkeypatch):
 
 
 def secrets_of(k: HospitalKeys) -> list[bytes]:
-    found = [k.signing.private_bytes_raw(), k.exchange.private_bytes_raw(), k.wrapping_seed, k.pseudonym_key]
+    found = [k.signing.private_bytes_raw(), k.exchange.private_bytes_raw(), k.wrapping_seed]
     for epoch in (k.epoch, k.next_epoch):
         found += [epoch.he_secret, epoch.mac_root] if epoch else []
     return found
@@ -163,7 +163,7 @@ def test_keys_of_another_kind(folder):
             HospitalKeys.load(folder)
 
 
-@pytest.mark.parametrize("missing", ["signing", "exchange", "wrapping", "pseudonym"])
+@pytest.mark.parametrize("missing", ["signing", "exchange", "wrapping"])
 @pytest.mark.parametrize("other", [None, "", "AAAA", "not base64", "A" * 43 + "=!", 7, COMPLETE.wrapping_public])
 def test_an_identity_of_another_form(folder, missing, other):
     values = COMPLETE._identity() | {missing: other}

@@ -5,7 +5,6 @@
       exchange   X25519 (RFC 7748): masks of two             mac_root   32 bytes, root of the MAC keys
       wrapping   ML-KEM-768 (FIPS 203) with X25519: HPKE
                  (RFC 9180) sends it key epochs (`epochs`)
-      pseudonym  32 bytes: names patients in records
 
 The public halves of an identity go into the study, whose hash every hospital signs and compares out of band. On disk
 (`keys/`) each group is one file (`key_file`), so there is never half an identity or half an epoch:
@@ -100,8 +99,6 @@ class HospitalKeys:
     exchange: X25519PrivateKey = field(repr=False)
     wrapping_seed: bytes = field(repr=False)
     """96 bytes: seed of the ML-KEM-768 key (64), private key of X25519 (32)."""
-    pseudonym_key: bytes = field(repr=False)
-    """32 bytes of this hospital alone: HMAC key of the names that patients have in its records."""
     epoch: Epoch | None = None
     """The epoch in use; None until the first one was confirmed by all its members."""
     next_epoch: Epoch | None = None
@@ -211,7 +208,6 @@ class HospitalKeys:
             "signing": _text(self.signing.private_bytes_raw()),
             "exchange": _text(self.exchange.private_bytes_raw()),
             "wrapping": _text(self.wrapping_seed),
-            "pseudonym": _text(self.pseudonym_key),
         }
 
     @staticmethod
@@ -241,7 +237,6 @@ class HospitalKeys:
             Ed25519PrivateKey.from_private_bytes(_raw(values, "signing", 32)),
             X25519PrivateKey.from_private_bytes(_raw(values, "exchange", 32)),
             _raw(values, "wrapping", _SEED_BYTES + 32),
-            _raw(values, "pseudonym", 32),
             _load_epoch(folder / _EPOCH, passphrase),
             _load_epoch(folder / _NEXT_EPOCH, passphrase),
         )
@@ -253,7 +248,7 @@ class HospitalKeys:
 def generate_identity() -> HospitalKeys:
     """A new identity, without an epoch."""
     wrapping = MLKEM768PrivateKey.generate().private_bytes_raw() + X25519PrivateKey.generate().private_bytes_raw()
-    return HospitalKeys(Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), wrapping, secrets.token_bytes(32))
+    return HospitalKeys(Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), wrapping)
 
 
 def new_epoch(number: int, members: tuple[str, ...], since_round: int = 1) -> Epoch:
