@@ -27,7 +27,7 @@ def test_a_patient_is_in_a_batch_at_most_once_and_as_often_as_the_rate_says():
     sampler = PatientSampler(data, 0.3, InsecureRandom(3))
     seen, sizes = np.zeros(8), []
     for _ in range(3000):
-        images, labels = sampler.draw()
+        images, labels, _ = sampler.draw()
         who = np.rint(images[:, 0, 0, 0].numpy() * 100).astype(int)
         assert len(set(who)) == len(who), "a patient with nine images is one row like any other"
         assert np.array_equal(labels.numpy(), who % 2)
@@ -39,7 +39,7 @@ def test_a_patient_is_in_a_batch_at_most_once_and_as_often_as_the_rate_says():
 
 def test_an_empty_batch_is_trained_on():
     sampler = PatientSampler(patients([1] * 10), 1e-9, SystemRandom())
-    images, labels = sampler.draw()
+    images, labels, _ = sampler.draw()
     assert (images.shape, labels.shape) == ((0, 1, 28, 28), (0,))
     losses = trainer(sampler, noise_multiplier=1.0).train(2)
     assert np.isfinite([losses.generator, losses.discriminator_on_fakes]).all()

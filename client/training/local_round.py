@@ -8,11 +8,14 @@ The privacy argument, in the order of the code:
 3. `PrivateStep` clips, sums and noises; the divisor is a public constant.
 4. Generator steps read only the noised discriminator and generated images: post-processing, free.
 5. The loss on real images is computed by the way and thrown away. What is returned is made of generated images.
+
+A `Witness` watches 1 to 3 from the tensors, apart from the code that does them: `LocalTrainer.checks`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import cdcgan
 from fedmedgan.client.training.private_step import PrivateStep
-from fedmedgan.client.training.randomness import RandomSource
+from fedmedgan.client.training.randomness import RandomSource, SystemRandom
+from fedmedgan.client.training.witness import PROBE_ROWS, NoWitness, Witness
 from fedmedgan.shared.errors import ModelError
 from fedmedgan.shared.study import Study
 
@@ -32,6 +36,14 @@ class Losses:
 
     generator: float
     discriminator_on_fakes: float
+
+
+class Batch(NamedTuple):
+    """One Poisson batch; its size is private too."""
+
+    images_B1SS: Tensor
+    labels_B: Tensor
+    patients_B: Tensor
 
 
 class PatientSampler:
@@ -51,12 +63,12 @@ class PatientSampler:
         self.first = torch.cumsum(self.count, 0) - self.count
         self.sampling_rate, self.random = sampling_rate, random
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, S, S) float32 in [-1, 1] and labels (B,) of a new batch; B is private."""
+    def draw(self) -> Batch:
+        """Images (B, 1, S, S) float32 in [-1, 1], labels (B,) and patients (B,) of a new batch; B is private."""
         drawn = self.random.bernoulli(len(self.count), self.sampling_rate).nonzero().squeeze(1)
         which = (self.random.uniform(len(drawn)) * self.count[drawn]).long()
         rows = self.first[drawn] + which
-        return self.images[rows].float(), self.labels[rows]
+        return Batch(self.images[rows].float(), self.labels[rows], drawn)
 
 
 class LocalTrainer:
@@ -65,6 +77,7 @@ class LocalTrainer:
     Args:
         noise_multiplier: sigma; None trains WITHOUT privacy, for a simulation's comparison arms alone.
         steps_done: discriminator steps of earlier rounds: turns of the generator are counted over rounds.
+        witness: that of the round before, which remembers its noise; None begins a new one.
     """
 
     def __init__(
@@ -78,6 +91,7 @@ class LocalTrainer:
         random: RandomSource,
         device: torch.device,
         steps_done: int = 0,
+        witness: NoWitness | None = None,
     ) -> None:
         t, self.steps_done = study.training, steps_done
         self.study, self.sampler, self.device = study, sampler, device
@@ -86,18 +100,29 @@ class LocalTrainer:
         self.adam_d = torch.optim.Adam(discriminator.parameters(), t.discriminator_lr, (t.beta1, t.beta2))
         self.fakes = torch.Generator()  # latents and labels of fakes are public: any stream will do
         self.fakes.manual_seed(int(random.uniform(1) * 2**31))
-        self.step = (
-            None
-            if noise_multiplier is None
-            else PrivateStep(
+        self.witness, self.step = NoWitness(), None
+        if noise_multiplier is not None:
+            self.witness = witness or Witness(
+                noise_multiplier=noise_multiplier,
+                clip_norm=study.privacy.clip_norm,
+                sampling_rate=sampler.sampling_rate,
+                fakes=t.patients_per_step,
+                patients=len(sampler.count),
+            )
+            self.step = PrivateStep(
                 discriminator,
                 self.adam_d,
                 noise_multiplier=noise_multiplier,
                 clip_norm=study.privacy.clip_norm,
                 divisor=2 * t.patients_per_step,
                 random=random,
+                witness=self.witness,
             )
-        )
+
+    @property
+    def checks(self) -> dict[str, str]:
+        """What the witness says of noise, clipping, rows and sampling, after `train`. The caller judges."""
+        return self.witness.verdicts()
 
     def train(self, steps: int) -> Losses:
         """`steps` discriminator steps, and a generator step after every `discriminator_steps` of them.
@@ -106,6 +131,7 @@ class LocalTrainer:
             ModelError: MODEL_NOT_FINITE, a weight became NaN or infinite.
         """
         generator_losses, fake_losses = [], []
+        self._probe()
         for _ in range(steps):
             fake_losses.append(self._discriminator_step())
             self.steps_done += 1
@@ -129,8 +155,19 @@ class LocalTrainer:
         labels = torch.randint(len(s.images.classes), (n,), generator=self.fakes)
         return latent.to(self.device), labels.to(self.device)
 
+    def _probe(self) -> None:
+        """Before the first patient of a round. Random rows, the last of them white, from randomness of their own."""
+        if self.step is None or not self.witness.watches:
+            return
+        n, size = PROBE_ROWS + 1, self.study.images.size
+        images = SystemRandom().uniform(n * size * size).float().reshape(n, 1, size, size) * 2 - 1
+        images[-1] = 1
+        labels, is_real = torch.arange(n) % len(self.study.images.classes), (torch.arange(n) % 2).float()
+        self.step.probe(_row_losses, [x.to(self.device) for x in (images, labels, is_real)])
+
     def _discriminator_step(self) -> float:
-        real_images, real_labels = self.sampler.draw()
+        real_images, real_labels, patients = self.sampler.draw()
+        self.witness.saw_draw(patients)
         latent, fake_labels = self._fake_inputs()
         with torch.no_grad():
             fake_images = self.generator(latent, fake_labels)
@@ -139,13 +176,10 @@ class LocalTrainer:
         n_real = len(real_images)
         is_real = (torch.arange(len(images), device=self.device) < n_real).float()
 
-        def row_losses(network: nn.Module) -> Tensor:
-            return cdcgan.discriminator_losses(network(images, labels), is_real)
-
         if self.step is not None:
-            losses = self.step.step(row_losses)
+            losses = self.step.step(lambda network: _row_losses(network, images, labels, is_real))
         else:
-            losses = row_losses(self.discriminator)
+            losses = _row_losses(self.discriminator, images, labels, is_real)
             self.adam_d.zero_grad(set_to_none=True)
             (losses.sum() / (2 * self.study.training.patients_per_step)).backward()
             self.adam_d.step()
@@ -176,3 +210,7 @@ class LocalTrainer:
             with self.step.frozen() as discriminator:
                 return float(cdcgan.generator_loss(discriminator(images, labels)))
         return float(cdcgan.generator_loss(self.discriminator(images, labels)))
+
+
+def _row_losses(network: nn.Module, images: Tensor, labels: Tensor, is_real: Tensor) -> Tensor:
+    return cdcgan.discriminator_losses(network(images, labels), is_real)

@@ -15,7 +15,8 @@ without that patient the clipped sum moves by at most C.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from fedmedgan.client.training.randomness import RandomSource, round_to_grid
+from fedmedgan.client.training.witness import LOUD, NoWitness, ProbePass
 from fedmedgan.shared.errors import ModelError, PrivacyError
 
 CLIP_MARGIN = 1e-5
@@ -32,14 +34,24 @@ CLIP_MARGIN = 1e-5
 
 
 class _NoisyOptimizer(DPOptimizer):
-    """Opacus' optimiser with noise from our own random source, added in float64."""
+    """Opacus' optimiser with noise from our own random source, added in float64, and before a witness."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, random: RandomSource, clip_norm: float, **options: Any):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        random: RandomSource,
+        clip_norm: float,
+        witness: NoWitness,
+        **options: Any,
+    ):
         super().__init__(optimizer, max_grad_norm=clip_norm * (1 - CLIP_MARGIN), **options)
-        self.random, self.noise_std = random, options["noise_multiplier"] * clip_norm
+        self.random, self.noise_std, self.witness = random, options["noise_multiplier"] * clip_norm, witness
+        self.attach_step_hook(self._show)
 
     def clip_and_accumulate(self) -> None:
-        norms_PN = [g.flatten(1).norm(dim=1) for g in self.grad_samples]  # NaN or infinite where any value is
+        norms_PN = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in self.grad_samples]  # NaN where any value is
+        self.witness.saw_rows(self.grad_samples, norms_PN)
         finite_N = torch.stack(norms_PN).isfinite().all(0)
         if not finite_N.all():
             for gradient in self.grad_samples:
@@ -51,6 +63,13 @@ class _NoisyOptimizer(DPOptimizer):
             noise = self.random.normal(p.summed_grad.shape, self.noise_std).to(p.device)
             p.grad = round_to_grid(p.summed_grad.double() + noise).to(p.dtype).view_as(p)
 
+    @staticmethod
+    def _show(optimizer: _NoisyOptimizer) -> None:
+        """Runs last before Adam: what the witness sees is what Adam gets."""
+        params = optimizer.params
+        clipped, gradients = [p.summed_grad for p in params], [p.grad for p in params]
+        optimizer.witness.saw_step(clipped, gradients, optimizer.expected_batch_size)
+
 
 class PrivateStep:
     """DP-SGD with Adam on one network.
@@ -61,6 +80,7 @@ class PrivateStep:
         clip_norm: C, in gradient units.
         divisor: the clipped, noised sum is divided by this PUBLIC number of rows.
         random: where the noise comes from.
+        witness: looks at the tensors of every step; None: nobody does.
 
     Raises:
         PrivacyError: PRIVACY_MODEL, the network mixes rows or Opacus cannot differentiate it row by row.
@@ -75,6 +95,7 @@ class PrivateStep:
         clip_norm: float,
         divisor: int,
         random: RandomSource,
+        witness: NoWitness | None = None,
     ) -> None:
         refuse_unsafe(network)
         self.module = GradSampleModule(network, loss_reduction="sum")
@@ -83,6 +104,7 @@ class PrivateStep:
             optimizer,
             random=random,
             clip_norm=clip_norm,
+            witness=witness or NoWitness(),
             noise_multiplier=noise_multiplier,
             expected_batch_size=divisor,
             loss_reduction="mean",
@@ -90,14 +112,46 @@ class PrivateStep:
 
     def step(self, row_losses: Callable[[nn.Module], Tensor]) -> Tensor:
         """One step on ``row_losses(network) -> (rows,)``. Returns the losses, detached; they are NOT private."""
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = row_losses(self.module)
-        with warnings.catch_warnings():
-            # The images themselves need no gradient, which is how it should be.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            losses.sum().backward()
+        losses = self._backward(row_losses)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def probe(self, row_losses: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        """Show the witness what rows do to each other and that they are clipped. Nothing is trained.
+
+        Args:
+            row_losses: ``(network, *inputs) -> (rows,)``, the same as in `step`.
+            inputs: (rows + 1, ...) each, of no patient. In a second pass the last row stands in for the first.
+        """
+
+        def loud(network: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+            return row_losses(network, *rows) * LOUD
+
+        rows = [x[:-1] for x in inputs]
+        first = self._probe_pass(lambda network: loud(network, rows))
+        other_rows = [torch.cat([x[-1:], x[1:-1]]) for x in inputs]
+        changed = self._probe_pass(lambda network: loud(network, other_rows))
+        self.module.disable_hooks()
+        with _images_need_no_gradient():
+            row_1 = torch.autograd.grad(loud(self.module, rows)[1], self.optimizer.params)
+        self.module.enable_hooks()
+        self.optimizer.witness.saw_probe(first, changed, torch.cat([g.flatten() for g in row_1]))
+
+    def _probe_pass(self, row_losses: Callable[[nn.Module], Tensor]) -> ProbePass:
+        losses = self._backward(row_losses)
+        gradients_ND = torch.cat([g.flatten(1) for g in self.optimizer.grad_samples], dim=1)
+        self.optimizer.clip_and_accumulate()
+        clipped = [p.summed_grad for p in self.optimizer.params]
+        self.optimizer.zero_grad(set_to_none=True)
+        return ProbePass(losses, gradients_ND, clipped)
+
+    def _backward(self, row_losses: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Leaves the gradient of each row at the weights; returns the losses, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = row_losses(self.module)
+        with _images_need_no_gradient():
+            losses.sum().backward()
         return losses.detach()
 
     def frozen(self) -> _Frozen:
@@ -107,6 +161,14 @@ class PrivateStep:
     def close(self) -> None:
         """Take the hooks off the network again."""
         self.module.to_standard_module()
+
+
+@contextmanager
+def _images_need_no_gradient() -> Iterator[None]:
+    """Which is how it should be, and what torch warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
 
 
 class _Frozen:

@@ -1,0 +1,204 @@
+"""Proof that the noise was there: a witness of each private step, apart from the code that makes it.
+
+Setting a noise multiplier proves nothing about what was added. The witness looks at the tensors of every step, as the
+backward pass left them and as the optimiser gets them, and answers four questions:
+
+    noise     noised gradient minus clipped sum, over sigma C: independent standard Gaussians? `NoiseCheck`
+    clipping  is the clipped sum the sum of min(1, C / norm) x row, on a random slice of each weight tensor?
+    rows      do random rows leave each other alone, is a row's gradient that of its own loss, and did as many
+              rows enter a step as patients were drawn and fakes are public?
+    sampling  were patients drawn as Poisson sampling draws them? `SamplingCheck`
+
+Each answer is "passed", "failed", "too-few" (steps, to tell) or "not-run". Noise and sampling call an honest run failed
+with a chance below 1e-6 together, at each verdict; clipping and rows have no chance in them, only rounding.
+
+Only verdicts leave this object. The noise and the counts that it remembers are secret: with the noise, anybody could
+take it off the update again. So a witness cannot be pickled, and nothing of it is written anywhere.
+
+What it cannot see: a hospital that WANTS to deceive and changes this file, and noise that is predictable but looks
+random and never repeats.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmedgan.client.training.noise_check import NoiseCheck
+from fedmedgan.client.training.sampling_check import SamplingCheck
+from fedmedgan.shared.privacy.records import CHECKS
+
+PROBE_ROWS = 3
+LOUD = 1e6
+"""The probe's losses are multiplied by this: every row is then far above C, so a missing clip shows."""
+SLICE = 16
+"""Values of each weight tensor that are added up again in each step, at a random place."""
+CLIP_TOLERANCE = 3e-5
+"""Relative. Of it 1e-5 is the margin by which `private_step` clips to less than C; float32 is good for 2e-6."""
+ADDING_ERROR = 2.0**-23
+"""Relative error of a float32 sum, for each row in it."""
+OTHER_ROWS_TOLERANCE = 1e-4
+"""How far a row may move, relative to itself, when another row changes; on a CPU it does not move at all."""
+OWN_GRADIENT_TOLERANCE = 1e-2
+"""Between Opacus and plain autograd; GPUs convolve with 10 bits of mantissa. Reflect padding is 3 % off."""
+
+
+@dataclass(frozen=True)
+class ProbePass:
+    """What one pass of random rows gave."""
+
+    losses_N: Tensor
+    gradients_ND: Tensor
+    clipped: Sequence[Tensor]
+    """The clipped sum, one tensor for each weight tensor."""
+
+
+class NoWitness:
+    """Nobody watches: every check is "not-run"."""
+
+    watches = False
+
+    def saw_draw(self, patients_B: Tensor) -> None:
+        """Who was drawn for the step that begins, as places in the sampler; private."""
+
+    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Sequence[Tensor]) -> None:
+        """Each row's gradient as the backward pass left it, (N, ...) for each weight tensor, and their norms (N,)."""
+
+    def saw_step(self, clipped: Sequence[Tensor], gradients: Sequence[Tensor], divisor: int) -> None:
+        """The clipped sum of those rows, and the gradients that the optimiser gets: noised, over `divisor`."""
+
+    def saw_probe(self, first: ProbePass, changed: ProbePass, row_1_D: Tensor) -> None:
+        """Two passes that differ in row 0 alone, and the gradient of row 1's loss in the first by plain autograd."""
+
+    def verdicts(self) -> dict[str, str]:
+        """The answer to each of CHECKS."""
+        return dict.fromkeys(CHECKS, "not-run")
+
+    def __reduce__(self) -> str:
+        raise TypeError("a witness holds noise and private counts: it is never stored")
+
+
+class Witness(NoWitness):
+    """Watches the private steps of one hospital. For each step: `saw_draw`, `saw_rows`, `saw_step`.
+
+    Answers are about everything that it saw, from its first step on.
+
+    Args:
+        noise_multiplier: sigma, as it is charged.
+        clip_norm: C of the study.
+        sampling_rate: q, as it is charged.
+        fakes: rows of a step that are no patients; public.
+        patients: how many the sampler draws from.
+
+    =======================================  =====================================================================
+    case                                     result
+    =======================================  =====================================================================
+    no step yet                              every check "not-run"
+    a step was shown in part, or not at all  every check fails: something went round the witness
+    no probe                                 rows "not-run"
+    a row's gradient or norm is not finite   clipping fails unless the row counted as zero
+    no row at all                            clipping fails unless the clipped sum is zero
+    no row was above C in any step           clipping is judged by the probe, whose rows are all above C
+    a network with random layers (dropout)   rows fails: two passes of the probe cannot be compared
+    an earlier round                         is remembered, if the same witness goes on; else each round by itself
+    =======================================  =====================================================================
+    """
+
+    watches = True
+
+    def __init__(
+        self, *, noise_multiplier: float, clip_norm: float, sampling_rate: float, fakes: int, patients: int
+    ) -> None:
+        self._noise_std, self._clip_norm, self._fakes = noise_multiplier * clip_norm, clip_norm, fakes
+        self._noise = NoiseCheck()
+        self._sampling = SamplingCheck(patients=patients, declared=round(fakes / sampling_rate), rate=sampling_rate)
+        self._draws = self._steps = 0
+        self._expected_rows = -1
+        self._slices: _Slices | None = None
+        self._clipping_held = self._counts_held = self._shown_in_full = True
+        self._rows_apart: bool | None = None
+
+    def saw_draw(self, patients_B: Tensor) -> None:
+        self._draws += 1
+        self._expected_rows = len(patients_B) + self._fakes
+        self._sampling.see(patients_B.numpy())
+
+    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Sequence[Tensor]) -> None:
+        self._slices = _Slices(gradients, norms_PN, self._clip_norm)
+
+    def saw_step(self, clipped: Sequence[Tensor], gradients: Sequence[Tensor], divisor: int) -> None:
+        self._steps += 1
+        if self._slices is None:
+            self._shown_in_full = False
+            return
+        self._counts_held &= self._slices.n_rows == self._expected_rows
+        self._clipping_held &= self._slices.agree(clipped)
+        z_D = torch.cat([g.flatten() for g in gradients]).double().mul_(divisor)
+        z_D -= torch.cat([g.flatten() for g in clipped])
+        sizes = np.array([g.numel() for g in clipped])
+        self._noise.see(z_D.div_(self._noise_std).cpu().numpy(), sizes)
+        self._slices, self._expected_rows = None, -1
+
+    def saw_probe(self, first: ProbePass, changed: ProbePass, row_1_D: Tensor) -> None:
+        if self._slices is None:
+            self._shown_in_full = False
+            return
+        self._clipping_held &= self._slices.agree(changed.clipped)
+        apart = (
+            _close(first.losses_N[1:, None], changed.losses_N[1:, None], OTHER_ROWS_TOLERANCE)
+            and _close(first.gradients_ND[1:], changed.gradients_ND[1:], OTHER_ROWS_TOLERANCE)
+            and _close(row_1_D[None], first.gradients_ND[1:2], OWN_GRADIENT_TOLERANCE)
+        )
+        self._rows_apart = apart and self._rows_apart is not False
+        self._slices = None
+
+    def verdicts(self) -> dict[str, str]:
+        if self._draws == self._steps == 0:
+            return dict.fromkeys(CHECKS, "not-run")
+        if not self._shown_in_full or self._draws != self._steps:
+            return dict.fromkeys(CHECKS, "failed")
+        rows = "not-run" if self._rows_apart is None else _passed(self._rows_apart)
+        return {
+            "noise": self._noise.verdict(),
+            "clipping": _passed(self._clipping_held),
+            "rows": rows if self._counts_held else "failed",
+            "sampling": self._sampling.verdict(),
+        }
+
+
+class _Slices:
+    """A few values of each weight tensor, of each row, clipped and added up in float64."""
+
+    def __init__(self, gradients: Sequence[Tensor], norms_PN: Sequence[Tensor], clip_norm: float) -> None:
+        self.n_rows = len(gradients[0])
+        sizes = [math.prod(g.shape[1:]) for g in gradients]
+        starts = [secrets.randbelow(max(1, d - SLICE + 1)) for d in sizes]
+        self.places = [slice(start, start + SLICE) for start in starts]
+        rows_NK = torch.cat([g.flatten(1)[:, at] for g, at in zip(gradients, self.places, strict=True)], 1).double()
+        norms = torch.stack(list(norms_PN))
+        # Opacus adds 1e-6 to every norm. In float32, as there: a hostile row's norm is infinite in both or in none.
+        factors_N = (clip_norm / (norms.norm(dim=0) + 1e-6)).clamp(max=1).double()
+        finite_N = norms.isfinite().all(0)
+        if not finite_N.all():
+            rows_NK[~finite_N], factors_N[~finite_N] = 0, 0
+        self.sum_K = factors_N @ rows_NK
+        self.allowed_K = (factors_N @ rows_NK.abs()) * (CLIP_TOLERANCE + self.n_rows * ADDING_ERROR) + 1e-12
+
+    def agree(self, clipped: Sequence[Tensor]) -> bool:
+        found_K = torch.cat([g.flatten()[at] for g, at in zip(clipped, self.places, strict=True)])
+        return bool(((found_K - self.sum_K).abs() <= self.allowed_K).all())
+
+
+def _close(a_ND: Tensor, b_ND: Tensor, tolerance: float) -> bool:
+    """Row by row; a NaN is close to nothing."""
+    return bool(((a_ND - b_ND).norm(dim=1) <= tolerance * a_ND.norm(dim=1)).all())
+
+
+def _passed(held: bool) -> str:
+    return "passed" if held else "failed"
