@@ -248,6 +248,15 @@ class BudgetBook:
         with self.locked():
             return merge(event for entry in self.beside(ledger_id) for event in self._read(entry).spent())
 
+    def ceiling(self, ledger_id: str, own: float) -> float:
+        """The lowest ceiling that holds for these patients: this home's own, or that of another ledger of theirs.
+
+        Raises:
+            PrivacyError: LEDGER_BOOK.
+        """
+        with self.locked():
+            return min([own, *(self._read(entry).total_ceiling for entry in self.beside(ledger_id))])
+
     def beside(self, ledger_id: str) -> tuple[Entry, ...]:
         """The other ledgers that ever touched a patient of this one, by id. Raises PrivacyError LEDGER_BOOK."""
         with self.locked():

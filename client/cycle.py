@@ -238,8 +238,9 @@ class Hospital(Home):
             with self.book.locked():  # what other ledgers of these patients spent may not grow while it is counted
                 self._require_proof(ledger)
                 reservation = until_settled.enter_context(self._budget(ledger).reserve(round, planned))
-                until_settled.callback(lambda: self.book.saw(ledger.history))
                 self._note_epoch(ledger)
+                self.book.saw(ledger.history)
+                until_settled.callback(lambda: self.book.saw(ledger.history))
             crash.point("client.reserved")
             try:
                 patients = self.load_patients()

@@ -59,6 +59,8 @@ def outlook(home: Path) -> Outlook:
     planned = [TrainingSteps(_noise(home), rate, t.local_steps)] if trained < t.rounds else []
     elsewhere = book.spent_elsewhere(history.ledger_id) if history.studies else []
 
+    ceiling = book.ceiling(history.ledger_id, policy.max_epsilon) if history.studies else policy.max_epsilon
+
     def decide(spent: list[TrainingSteps], ceiling: float) -> Decision:
         return preview(spent, planned, delta=study.privacy.delta, ceiling=ceiling, accountants=ENFORCED)
 
@@ -69,7 +71,7 @@ def outlook(home: Path) -> Outlook:
         rounds=t.rounds,
         next_round=trained + 1 if planned else None,
         in_study=decide(history.spent(study.hash), study.privacy.epsilon),
-        in_all=decide([*history.spent(), *elsewhere], policy.max_epsilon),
+        in_all=decide([*history.spent(), *elsewhere], ceiling),
         replace_one=epsilon_replace_one(history.spent(study.hash), study.privacy.delta),
         other_ledgers=len(book.beside(history.ledger_id)) if history.studies else 0,
     )

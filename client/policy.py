@@ -25,7 +25,7 @@ class Policy(BaseModel):
     data: str
     """Folder with the DICOM files."""
     max_epsilon: Annotated[float, Field(gt=0, le=100)]
-    """Ceiling for the same patients over ALL studies, in whichever of the hospital's ledgers."""
+    """Ceiling for the same patients over ALL studies; the lowest of all homes that have patients in common rules."""
     budget_book: str
     """Folder of the hospital's budget book, the same for all its homes; a relative path starts at the home."""
     data_owner_key: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""

@@ -15,6 +15,7 @@ whole file: `verify` checks that one. `fedmedgan audit verify` checks every one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -110,6 +111,12 @@ class History:
         """The latest terms of a study; None where it was never opened."""
         body = self._opened.get(study)
         return Terms.of(body) if body else None
+
+    @property
+    def total_ceiling(self) -> float:
+        """The newest ceiling over all studies; infinite where no study was ever opened."""
+        opened = (record.body for record in reversed(self.records) if record.kind == "open")
+        return next((float(body["total_ceiling"]) for body in opened), math.inf)
 
     def is_closed(self, study: str) -> bool:
         """Whether nothing can be recorded for the study any more."""
