@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -162,8 +162,9 @@ def parties(scratch: Path, folder: Path, study: Study) -> Iterator[subprocess.Po
         family = [child for process in started for child in _descendants(process.pid)]
         processes.stop(*started, seconds=2 * processes.STOP_SECONDS)
         for child in family:  # Flower's ServerApp may wait for minutes for an object, and hold the journal
-            if child.is_running():
+            with suppress(psutil.NoSuchProcess):
                 child.kill()
+        psutil.wait_procs(family, timeout=START_SECONDS)
 
 
 def _descendants(process: int) -> list[psutil.Process]:
