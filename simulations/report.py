@@ -23,6 +23,8 @@ from markupsafe import Markup
 
 from fedmedgan.audit import drawing
 from fedmedgan.shared.errors import RunError
+from fedmedgan.shared.privacy.accounting import epsilon_replace_one
+from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import charts
 from fedmedgan.simulations.charts import PhaseTimes
@@ -123,9 +125,30 @@ def _hospital_facts(run: RunRecord, hospital: Hospital) -> dict[str, Any]:
         "rounds_trained": len(hospital.trained),
         "steps": sum(t.steps for t in hospital.trained.values()),
         "epsilon": last.epsilon if last else 0.0,
+        "epsilon_replace_one": _replace_one(run, hospital),
         "ceiling": last.ceiling if last else run.study.privacy.epsilon,
+        "checks": _worst_checks(hospital),
         "troubles": hospital.troubles,
     }
+
+
+def _replace_one(run: RunRecord, hospital: Hospital) -> float:
+    """Epsilon of the same steps where one patient is replaced by another."""
+    events = [TrainingSteps(t.noise_multiplier, t.sampling_rate, t.steps) for t in hospital.trained.values()]
+    return epsilon_replace_one(events, run.study.privacy.delta)
+
+
+def _worst_checks(hospital: Hospital) -> dict[str, str]:
+    """The worst verdict of each test of the private steps, over all rounds."""
+    order = ("failed", "not-run", "too-few", "passed")
+    verdicts = [trained.checks for trained in hospital.trained.values()]
+    return {name: min((v[name] for v in verdicts), key=order.index) for name in verdicts[0]} if verdicts else {}
+
+
+def _checks_in_words(checks: Mapping[str, str]) -> str:
+    """ "all passed", or what did not."""
+    others = [f"{name} {verdict.replace('-', ' ')}" for name, verdict in checks.items() if verdict != "passed"]
+    return ("; ".join(others) or "all passed") if checks else "–"
 
 
 def _round_facts(run: RunRecord, turn: Round) -> dict[str, Any]:
@@ -292,6 +315,7 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., str]] = {
+        "checks": _checks_in_words,
         "seconds": seconds_text, "bytes": bytes_text, "percent": _percent, "at_most": _at_most,
         "plain": _plain, "count": _count,
     }  # fmt: skip
