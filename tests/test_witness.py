@@ -297,23 +297,24 @@ def test_a_step_that_goes_round_the_witness_fails_everything(monkeypatch):
     assert after(trainer(), 2) == every
 
 
-def hostile(one: LocalTrainer, pixel: float) -> LocalTrainer:
-    one.sampler.images[::5] = pixel
+def hostile(one: LocalTrainer, pixel: float, every: int = 5) -> LocalTrainer:
+    one.sampler.images = one.sampler.images.float()  # float16 ends at 65504
+    one.sampler.images[::every] = pixel
     return one
 
 
-@pytest.mark.parametrize("pixel", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("pixel", [1e4, 1e17, 1e19, 1e30, float("inf"), float("nan")])
 def test_hostile_images_are_clipped_or_counted_as_zero(pixel):
     assert after(hostile(trainer(), pixel)) == PASSED
 
 
 def test_hostile_images_that_are_not_counted_as_zero_fail(monkeypatch):
     def trusting(self):
-        self.witness.saw_rows(self.grad_samples, [g.flatten(1).norm(dim=1) for g in self.grad_samples])
+        self.witness.saw_rows(self.grad_samples, torch.stack([g.flatten(1).norm(dim=1) for g in self.grad_samples]))
         original(self)
 
     monkeypatch.setattr(_NoisyOptimizer, "clip_and_accumulate", trusting)
-    one = hostile(trainer(), float("nan"))
+    one = hostile(trainer(), float("nan"), every=1)
     one._probe()
     one._discriminator_step()
     assert {"clipping", "noise"} <= set(failed_checks(one.checks))

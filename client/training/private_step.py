@@ -50,11 +50,12 @@ class _NoisyOptimizer(DPOptimizer):
         self.attach_step_hook(self._show)
 
     def clip_and_accumulate(self) -> None:
-        norms_PN = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in self.grad_samples]  # NaN where any value is
-        self.witness.saw_rows(self.grad_samples, norms_PN)
-        finite_N = torch.stack(norms_PN).isfinite().all(0)
+        gradients = self.grad_samples
+        norms_PN = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        self.witness.saw_rows(gradients, norms_PN)
+        finite_N = norms_PN.isfinite().all(0)  # not where any value is NaN or infinite
         if not finite_N.all():
-            for gradient in self.grad_samples:
+            for gradient in gradients:
                 gradient[~finite_N] = 0
         super().clip_and_accumulate()
 

@@ -67,8 +67,8 @@ class NoWitness:
     def saw_draw(self, patients_B: Tensor) -> None:
         """Who was drawn for the step that begins, as places in the sampler; private."""
 
-    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Sequence[Tensor]) -> None:
-        """Each row's gradient as the backward pass left it, (N, ...) for each weight tensor, and their norms (N,)."""
+    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Tensor) -> None:
+        """Each row's gradient as the backward pass left it, (N, ...) for each weight tensor, and the norms of those."""
 
     def saw_step(self, clipped: Sequence[Tensor], gradients: Sequence[Tensor], divisor: int) -> None:
         """The clipped sum of those rows, and the gradients that the optimiser gets: noised, over `divisor`."""
@@ -129,7 +129,7 @@ class Witness(NoWitness):
         self._expected_rows = len(patients_B) + self._fakes
         self._sampling.see(patients_B.numpy())
 
-    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Sequence[Tensor]) -> None:
+    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Tensor) -> None:
         self._slices = _Slices(gradients, norms_PN, self._clip_norm)
 
     def saw_step(self, clipped: Sequence[Tensor], gradients: Sequence[Tensor], divisor: int) -> None:
@@ -139,10 +139,11 @@ class Witness(NoWitness):
             return
         self._counts_held &= self._slices.n_rows == self._expected_rows
         self._clipping_held &= self._slices.agree(clipped)
-        z_D = torch.cat([g.flatten() for g in gradients]).double().mul_(divisor)
-        z_D -= torch.cat([g.flatten() for g in clipped])
-        sizes = np.array([g.numel() for g in clipped])
-        self._noise.see(z_D.div_(self._noise_std).cpu().numpy(), sizes)
+        z_D = _float64([g.flatten() for g in gradients])
+        z_D *= divisor
+        z_D -= _float64([g.flatten() for g in clipped])
+        z_D /= self._noise_std
+        self._noise.see(z_D, np.array([g.numel() for g in clipped]))
         self._slices, self._expected_rows = None, -1
 
     def saw_probe(self, first: ProbePass, changed: ProbePass, row_1_D: Tensor) -> None:
@@ -175,24 +176,27 @@ class Witness(NoWitness):
 class _Slices:
     """A few values of each weight tensor, of each row, clipped and added up in float64."""
 
-    def __init__(self, gradients: Sequence[Tensor], norms_PN: Sequence[Tensor], clip_norm: float) -> None:
+    def __init__(self, gradients: Sequence[Tensor], norms_PN: Tensor, clip_norm: float) -> None:
         self.n_rows = len(gradients[0])
         sizes = [math.prod(g.shape[1:]) for g in gradients]
         starts = [secrets.randbelow(max(1, d - SLICE + 1)) for d in sizes]
         self.places = [slice(start, start + SLICE) for start in starts]
-        rows_NK = torch.cat([g.flatten(1)[:, at] for g, at in zip(gradients, self.places, strict=True)], 1).double()
-        norms = torch.stack(list(norms_PN))
+        rows_NK = _float64([g.flatten(1)[:, at] for g, at in zip(gradients, self.places, strict=True)], dim=1)
         # Opacus adds 1e-6 to every norm. In float32, as there: a hostile row's norm is infinite in both or in none.
-        factors_N = (clip_norm / (norms.norm(dim=0) + 1e-6)).clamp(max=1).double()
-        finite_N = norms.isfinite().all(0)
+        norm_N, finite_N = norms_PN.norm(dim=0).cpu().numpy(), norms_PN.isfinite().all(0).cpu().numpy()
+        factors_N = np.minimum(1, clip_norm / (norm_N + 1e-6).astype(np.float64))
         if not finite_N.all():
             rows_NK[~finite_N], factors_N[~finite_N] = 0, 0
         self.sum_K = factors_N @ rows_NK
-        self.allowed_K = (factors_N @ rows_NK.abs()) * (CLIP_TOLERANCE + self.n_rows * ADDING_ERROR) + 1e-12
+        self.allowed_K = (factors_N @ np.abs(rows_NK)) * (CLIP_TOLERANCE + self.n_rows * ADDING_ERROR) + 1e-12
 
     def agree(self, clipped: Sequence[Tensor]) -> bool:
-        found_K = torch.cat([g.flatten()[at] for g, at in zip(clipped, self.places, strict=True)])
-        return bool(((found_K - self.sum_K).abs() <= self.allowed_K).all())
+        found_K = _float64([g.flatten()[at] for g, at in zip(clipped, self.places, strict=True)])
+        return bool((np.abs(found_K - self.sum_K) <= self.allowed_K).all())
+
+
+def _float64(parts: Sequence[Tensor], dim: int = 0) -> np.ndarray:
+    return torch.cat(list(parts), dim).cpu().numpy().astype(np.float64)
 
 
 def _close(a_ND: Tensor, b_ND: Tensor, tolerance: float) -> bool:
