@@ -13,6 +13,7 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import rfc8785
@@ -251,7 +252,7 @@ class Hospital(Home):
             losses, update_P, checks = self._train_networks(PatientSampler(patients, rate, random), random)
             trained = time.perf_counter()
             crash.point("client.trained")
-            proof_of_round = {"noise_source": random.name, "checks": checks, "code": source_hash()}
+            proof_of_round: dict[str, Any] = {"noise_source": random.name, "checks": checks, "code": source_hash()}
             if failed := failed_checks(checks):
                 reservation.charge(t.local_steps, **proof_of_round)
                 raise PrivacyError("PRIVACY_PROOF", f"failed: {', '.join(failed)}", f"round {round}")

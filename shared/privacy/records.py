@@ -100,8 +100,8 @@ class Terms:
     @classmethod
     def of(cls, body: dict[str, Any]) -> Terms:
         """Read an `open` record's body."""
-        values = {name: body[name] for name in cls.__dataclass_fields__}
-        return cls(**{name: float(v) if name in _REAL_TERMS else v for name, v in values.items()})
+        real_terms = {name: float(body[name]) for name in _REAL_TERMS}
+        return cls(**real_terms, steps=body["steps"], dataset=body["dataset"], patients=body["patients"])
 
 
 _REAL_TERMS = ("delta", "ceiling", "total_ceiling", "noise_multiplier", "sampling_rate", "clip_norm")
