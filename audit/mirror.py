@@ -1,0 +1,144 @@
+"""A mirror run: the study's own training code on made-up patients, watched from outside.
+
+No patient's image is in it. What an attacker of the published proof may know is known here: the weights before each
+step, the generated images in the batch, and the noised sum of clipped gradients. That sum is read where it enters Adam
+(a hook of torch's on the optimiser), so sampling, clipping, noise and their order are those of the real trainer. The
+attack's own gradients come from torch.func, not from Opacus: a fault in one would show against the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedmedgan.client.data.outcomes import FolderReport
+from fedmedgan.client.data.patients import PatientImages
+from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
+from fedmedgan.client.training.randomness import RandomSource
+from fedmedgan.shared.study import Study
+
+ROWS_AT_ONCE = 64
+
+MakeTrainer = Callable[..., LocalTrainer]
+"""`LocalTrainer` itself; tests plant a trainer with less noise than the study says."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an attacker sees of one step: the noised sum is that of the fakes and of those members that were drawn."""
+
+    rows_MD: Tensor
+    """Gradient of each canary at the weights before the step, clipped to C; float32."""
+    fakes_ND: Tensor
+    """The same of the generated images in the batch."""
+    noised_D: Tensor
+    """The noised sum of clipped gradients, as Adam gets it but for the public divisor."""
+
+
+class Canaries:
+    """Made-up patients, one image each: black and white pixels by fair coins, classes too.
+
+    Two such images differ in half of their pixels, and the discriminator's gradients on them point in nearly
+    independent directions (measured: mean cosine 0.15 at 64 x 64). So one canary is hardly mistaken for another.
+    """
+
+    def __init__(self, study: Study, count: int, random: RandomSource) -> None:
+        side, classes = study.images.size, len(study.images.classes)
+        self.images_M1SS = random.bernoulli(count * side**2, 0.5).reshape(count, 1, side, side).float() * 2 - 1
+        self.labels_M = random.integers(count, classes)
+
+    def __len__(self) -> int:
+        return len(self.labels_M)
+
+    def patients(self, member_M: Tensor) -> PatientImages:
+        """Those canaries that are members, as a hospital's patients."""
+        images, labels = self.images_M1SS[member_M].numpy(), self.labels_M[member_M].numpy()
+        n = len(labels)
+        names = tuple(f"{i:032x}" for i in range(n))
+        return PatientImages(images.astype(np.float16), labels, np.arange(n), n, FolderReport((), n, n), names)
+
+
+def watch(
+    study: Study,
+    canaries: Canaries,
+    member_M: Tensor,
+    see: Callable[[Seen], None],
+    *,
+    noise_multiplier: float,
+    sampling_rate: float,
+    steps: int,
+    random: RandomSource,
+    make_trainer: MakeTrainer = LocalTrainer,
+) -> None:
+    """Train on the members, and show `see` what an attacker sees of each step.
+
+    Args:
+        member_M: (M,) bool, which canaries are in the training set.
+        see: called at each step, before the weights are changed.
+
+    Raises:
+        ModelError, PrivacyError: as `LocalTrainer`.
+    """
+    generator, discriminator = cdcgan.build(study.images, study.gan)
+    weights_before = copy.deepcopy(discriminator)  # a plain one: the other gets Opacus' hooks
+    trainer = make_trainer(
+        study,
+        generator,
+        discriminator,
+        PatientSampler(canaries.patients(member_M), sampling_rate, random),
+        noise_multiplier=noise_multiplier,
+        random=random,
+        device=torch.device("cpu"),
+    )
+    divisor, clip_norm = 2 * study.training.patients_per_step, study.privacy.clip_norm
+    is_real_M = torch.ones(len(canaries))
+    fakes: list[Tensor] = []
+
+    def generated(_: nn.Module, inputs: tuple[Tensor, Tensor], images: Tensor) -> None:
+        fakes[:] = images.detach(), inputs[1]
+
+    def about_to_update(*_: Any) -> None:
+        noised_D = torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]) * divisor
+        weights_before.load_state_dict(discriminator.state_dict())
+        images, labels = fakes
+        fakes_ND = clipped_rows(weights_before, images, labels, torch.zeros(len(labels)), clip_norm)
+        rows_MD = clipped_rows(weights_before, canaries.images_M1SS, canaries.labels_M, is_real_M, clip_norm)
+        see(Seen(rows_MD, fakes_ND, noised_D))
+
+    hooks = [
+        generator.register_forward_hook(generated),
+        trainer.adam_d.register_step_pre_hook(about_to_update),
+    ]
+    try:
+        trainer.train(steps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        trainer.close()
+
+
+def clipped_rows(
+    network: nn.Module, images_N1SS: Tensor, labels_N: Tensor, is_real_N: Tensor, clip_norm: float
+) -> Tensor:
+    """Gradient of the discriminator's loss on each row by itself, scaled down to norm `clip_norm`: (N, D)."""
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor, is_real: Tensor) -> Tensor:
+        logits = functional_call(network, weights, (image[None], label[None]))
+        return cdcgan.discriminator_losses(logits, is_real[None])[0]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        each = vmap(grad(loss), in_dims=(None, 0, 0, 0), chunk_size=ROWS_AT_ONCE)
+        gradients = each(weights, images_N1SS, labels_N, is_real_N)
+    rows_ND = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+    return rows_ND * (clip_norm / rows_ND.norm(dim=1).clamp(min=clip_norm))[:, None]
