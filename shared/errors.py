@@ -3,7 +3,7 @@
     FedMedGanError
     ├─ StudyError     the agreement cannot be used            CONFIG_*  STUDY_*
     ├─ DataError      a folder or a DICOM file cannot be used DATA_*    DICOM_*
-    ├─ PrivacyError   the budget or the ledger says no        BUDGET_*  LEDGER_*  PRIVACY_*
+    ├─ PrivacyError   the budget or the ledger says no        BUDGET_*  LEDGER_*  PRIVACY_*  AUDIT_*
     ├─ CryptoError    a ciphertext, key or sum is not right   HE_*      KEY_*     ROUND_*
     ├─ MessageError   a message is not what was agreed        MSG_*
     ├─ ModelError     weights cannot be trusted               MODEL_*
@@ -82,6 +82,15 @@ HINTS: dict[str, str] = {
     "LEDGER_SAME_PATIENTS": "only the data owner can allow a second ledger on them: `fedmedgan site override`",
     "LEDGER_OVERRIDE": "the data owner signs anew, for just this ledger, these others and this reason",
     "LEDGER_OWNER": "each hospital's ledger is its own; give the right one",
+    # an audit
+    "AUDIT_FAILED": "each failure stands above with its code and hospital; docs/runbook.md says what to do about it",
+    "AUDIT_EVIDENCE": "give a ledger, a hospital's home, an audit bundle, a simulation's run folder, or a folder of them",
+    "AUDIT_SEAL": "ask the hospital for its bundle again; unpack it into a new folder",
+    "AUDIT_NOISE": "less noise, or other noise, than was agreed: find out which program trained",
+    "AUDIT_PROOF": "the round's own tests say that its noise, clipping or sampling was not right: look into it",
+    "AUDIT_UNCHARGED": "an update was used that the ledger does not know: ask the hospital what trained it",
+    "AUDIT_CEILING": "more was spent than the ceiling allows: the data owner decides what follows",
+    "AUDIT_SAME_PATIENTS": "ask the data owner, who alone can allow a second ledger on the same patients",
     # cryptography
     "HE_SECRET_AT_SERVER": "the server must never hold a key; remove it from this machine",
     "HE_PARAMS_MISMATCH": "every party must run the same version of fedmedgan",

@@ -88,7 +88,13 @@ class Hospital:
 
     def join(self, of: Study, **changes: Any) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
-        (self.home / "study.json").write_bytes(agreement(of).to_json())
+        known = self.home / "study.json"
+        if known.exists():
+            past = self.home / "past" / json.loads(known.read_text())["hash"][:16]
+            past.mkdir(parents=True)
+            for path in (known, self.home / "certificates"):
+                path.rename(past / path.name)
+        known.write_bytes(agreement(of).to_json())
         with self.ledger() as ledger:
             ledger.open_study(of.hash, terms(of, self.name, **changes))
 
@@ -128,7 +134,7 @@ class Hospital:
 
 def chained(bodies: Bodies, key: Ed25519PrivateKey, others: Mapping[int, Ed25519PrivateKey] | None = None) -> bytes:
     """Records numbered, chained and signed; some by other keys, by their number."""
-    raw, previous = b"", "0" * 64
+    lines, previous = [], "0" * 64
     for seq, body in enumerate(bodies, start=1):
         line = canonical({**body, "seq": seq, "prev": previous})
         line = (
@@ -138,8 +144,9 @@ def chained(bodies: Bodies, key: Ed25519PrivateKey, others: Mapping[int, Ed25519
             + (others or {}).get(seq, key).sign(DOMAIN + line).hex().encode()
             + b'"}\n'
         )
-        raw, previous = raw + line, hashlib.sha256(line).hexdigest()
-    return raw
+        lines.append(line)
+        previous = hashlib.sha256(line).hexdigest()
+    return b"".join(lines)
 
 
 class Consortium:
