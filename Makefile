@@ -7,7 +7,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup simulate consortium test lint bench-secure-sum bench-round bench-faults clean
+.PHONY: setup simulate consortium test lint bench-secure-sum bench-round bench-audit bench-faults clean
 
 setup: .venv/installed
 
@@ -38,6 +38,9 @@ bench-secure-sum: setup
 
 bench-round: setup
 	$(BIN)/python benchmarks/round.py
+
+bench-audit: setup
+	$(BIN)/python benchmarks/audit.py
 
 bench-faults: setup
 	$(BIN)/python benchmarks/faults

@@ -20,6 +20,7 @@ from fedmedgan.cli import main
 from fedmedgan.deploy import coordinator, kits, processes
 from fedmedgan.shared.agreement import Agreement, Identity
 from fedmedgan.shared.errors import RunError, StudyError
+from fedmedgan.simulations import phantoms
 
 NAMES = ("site-0", "site-1", "site-2")
 
@@ -54,7 +55,7 @@ def signed(tmp_path_factory) -> Path:
     (folder / "consortium.toml").write_text(f'name = "t"\n[coordinator]\nhost = "127.0.0.1"\n{hospitals}')
     made = data(run("--format", "json", "kit", "make", folder / "consortium.toml", "--out", folder / "kits"))
     assert made["new"] == list(NAMES)
-    (folder / "images").mkdir()
+    phantoms.write_hospital(folder / "images", patients=24, seed=1, vendor=phantoms.vendor_for(0), size=32)
     (folder / "passphrase").write_text("correct horse\n")
     (folder / "passphrase").chmod(0o600)
     write_study(folder / "study.toml", sites=3)
@@ -64,6 +65,7 @@ def signed(tmp_path_factory) -> Path:
     sealed = ("--passphrase-file", folder / "passphrase")
     for name in NAMES:
         options = ("--kit", folder / "kits" / name, "--home", folder / name, "--data", folder / "images")
+        options += ("--budget-book", folder / f"{name}-book")  # three hospitals, not three homes of one
         said = data(run("--format", "json", "site", "init", *options, "--max-epsilon", "20", *sealed))
         assert said["site"] == name
         identities.append(Path(said["identity"]))

@@ -170,9 +170,12 @@ def test_a_second_ledger_on_the_same_patients_needs_the_data_owner_and_shares_on
     assert said["in_study"]["after_next_round"] > 0
     assert said["in_all"]["ceiling"] == 20.0
     first_policy = original.home / "policy.toml"
-    first_policy.write_text(first_policy.read_text().replace("max_epsilon = 20.0", "max_epsilon = 19.0"))
+    lines = first_policy.read_text().replace("max_epsilon = 20.0", "max_epsilon = 20.5")
+    first_policy.write_text(lines.replace('data_owner_key = ""', f'data_owner_key = "{public["public"]}"'))
+    policy.write_text(policy.read_text().replace("max_epsilon = 20.0", "max_epsilon = 30.0"))
     joining.join(original.home, keyed[1])
-    assert outlook(home).in_all.ceiling == 19.0, "the lowest ceiling of the same patients rules"
+    assert outlook(home).in_all.ceiling == 20.5, "the lowest ceiling of the same patients rules"
+    policy.write_text(policy.read_text().replace("max_epsilon = 30.0", "max_epsilon = 20.0"))
     policy.write_text(policy.read_text().replace("max_epsilon = 20.0", f"max_epsilon = {said['in_all']['spent']!r}"))
     assert not outlook(home).fits, "one budget for both"
 

@@ -162,9 +162,9 @@ def test_every_code_has_a_hint_and_errors_travel_between_processes():
 
 def test_every_code_that_is_raised_has_a_hint_and_every_hint_is_raised_somewhere():
     root = Path(__file__).parents[1]
-    rooms = ("server", "client", "shared", "deploy", "simulations", "cli")
+    rooms = ("server", "client", "shared", "deploy", "audit", "simulations", "cli")
     sources = [p for room in rooms for p in (root / room).rglob("*.py") if p.name != "errors.py"]
-    families = "CONFIG|STUDY|DATA|DICOM|PRIVACY|BUDGET|LEDGER|HE|KEY|ROUND|MSG|MODEL|RUN|KIT|NET|SITE"
+    families = "CONFIG|STUDY|DATA|DICOM|PRIVACY|BUDGET|LEDGER|AUDIT|HE|KEY|ROUND|MSG|MODEL|RUN|KIT|NET|SITE"
     used = set(re.findall(rf'"((?:{families})_[A-Z_]+)"', "\n".join(p.read_text() for p in sources)))
     assert used <= set(HINTS), f"no hint: {sorted(used - set(HINTS))}"
     assert set(HINTS) <= used, f"never raised: {sorted(set(HINTS) - used)}"

@@ -31,6 +31,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -45,6 +46,7 @@ CHECKS = ("noise", "clipping", "rows", "sampling")
 """What is tested in every round (client/training/witness.py)."""
 VERDICTS = ("passed", "failed", "too-few", "not-run")
 LINE_START = b'{"body":{"'
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def events_of(reserve: dict[str, Any]) -> list[TrainingSteps]:
 
 def canonical(body: dict[str, Any]) -> bytes:
     """RFC 8785, for bodies without floating-point numbers."""
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _JSON.encode(body).encode()
 
 
 def encode(body: dict[str, Any], signing: Ed25519PrivateKey) -> bytes:
@@ -161,11 +163,15 @@ def is_signed(line: bytes, signing_key: str) -> bool:
     """Whether a line that `decode` let through was signed by the key (64 hex digits)."""
     body_end = line.rindex(b',"signature":"')
     try:
-        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signing_key))
-        public.verify(bytes.fromhex(line[-131:-3].decode()), DOMAIN + line[len(b'{"body":') : body_end])
+        _public(signing_key).verify(bytes.fromhex(line[-131:-3].decode()), DOMAIN + line[len(b'{"body":') : body_end])
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@lru_cache(maxsize=64)
+def _public(signing_key: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(signing_key))
 
 
 def line_hash(line: bytes) -> str:
