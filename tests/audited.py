@@ -93,7 +93,8 @@ class Hospital:
             past = self.home / "past" / json.loads(known.read_text())["hash"][:16]
             past.mkdir(parents=True)
             for path in (known, self.home / "certificates"):
-                path.rename(past / path.name)
+                if path.exists():
+                    path.rename(past / path.name)
         known.write_bytes(agreement(of).to_json())
         with self.ledger() as ledger:
             ledger.open_study(of.hash, terms(of, self.name, **changes))
