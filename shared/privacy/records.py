@@ -191,8 +191,8 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 
 def _pattern(pattern: str) -> Callable[[Any], bool]:
-    compiled = re.compile(pattern)
-    return lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None
+    fullmatch = re.compile(pattern).fullmatch
+    return lambda value: isinstance(value, str) and fullmatch(value) is not None
 
 
 def _one_of(*allowed: str) -> Callable[[Any], bool]:
@@ -306,9 +306,12 @@ def _problem(body: Any) -> str:
     if not isinstance(body, dict) or body.get("kind") not in _KINDS:
         return "not a known kind of record"
     fields = _FIELDS[body["kind"]]
-    if set(body) != set(fields):
+    if body.keys() != fields.keys():
         return "missing or unknown fields"
-    return next((f"{name} is not valid" for name, valid in fields.items() if not valid(body[name])), "")
+    for name, valid in fields.items():
+        if not valid(body[name]):
+            return f"{name} is not valid"
+    return ""
 
 
 def not_run() -> dict[str, str]:
