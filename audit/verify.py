@@ -120,8 +120,10 @@ def _findings(place: int, handed: Handed) -> Iterator[Finding]:
     }
     if case.evidence.sealed is not None:
         checks = {"seal": lambda: check_seal(case), **checks}
-    for name, check in checks.items():
-        yield found(case.evidence.hospital, name, check, case.evidence.where)
+    results = {}
+    for name in sorted(checks, key=lambda name: name == "signatures"):  # last: other processes are at it meanwhile
+        results[name] = found(case.evidence.hospital, name, checks[name], case.evidence.where)
+    yield from (results[name] for name in checks)
 
 
 def _case(evidence: HospitalEvidence) -> Case:

@@ -17,7 +17,7 @@ Epsilon is the larger of two accountants, as at the hospital (audit/recompute.py
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -28,9 +28,9 @@ from fedmedgan.audit.recompute import all_costs, cost_of
 from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.data_owner import owner_statement
-from fedmedgan.shared.privacy.events import TrainingSteps, merge
+from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.history import History
-from fedmedgan.shared.privacy.records import CHECKS, Record, Terms, events_of, failed_checks
+from fedmedgan.shared.privacy.records import CHECKS, Record, Terms, failed_checks
 
 ROUNDING = 1 + 1e-6
 """Accountants of another version may differ in the last digits."""
@@ -38,6 +38,7 @@ MAX_OPENED = 200
 """`open` records of different terms; each is worked out, and no hospital has nearly as many."""
 SYSTEM_NOISE = "os-aes256ctr"
 """`SystemRandom.name` (client/training/randomness.py): the one source that nobody can repeat."""
+_FIXED = ("noise_multiplier", "sampling_rate")
 
 
 # ---- noise
@@ -56,8 +57,8 @@ def check_noise(history: History, studies: Mapping[str, Agreement], *, insecure_
         what = f"with noise {terms.noise_multiplier:g} the whole study costs {epsilon:.4g} of {terms.ceiling:g}"
         refuse(epsilon > terms.ceiling * ROUNDING, "AUDIT_NOISE", what, where)
     for record, under in _reservations(history):
-        fixed = (under.noise_multiplier, under.sampling_rate)
-        other = any((event.noise_multiplier, event.sampling_rate) != fixed for event in events_of(record.body))
+        # The one form in which a number is written makes equal numbers equal strings.
+        other = any(event[name] != under[name] for event in record.body["events"] for name in _FIXED)
         refuse(other, "AUDIT_NOISE", "other noise or sampling than the study was opened with", f"record {record.seq}")
     sources = {r.body["noise_source"]: f"record {r.seq}" for r in history.records if r.kind == "charge"}
     for source, where in sources.items():
@@ -88,14 +89,14 @@ def _refuse_other_terms(terms: Terms, agreement: Agreement | None, hospital: str
     refuse(terms.ceiling > study.privacy.epsilon, "AUDIT_CEILING", what, where)
 
 
-def _reservations(history: History) -> Iterable[tuple[Record, Terms]]:
-    """Every reservation, and the terms under which it was made."""
-    terms: dict[str, Terms] = {}
+def _reservations(history: History) -> Iterator[tuple[Record, dict[str, Any]]]:
+    """Every reservation, and the body of the `open` record under which it was made."""
+    opened: dict[str, dict[str, Any]] = {}
     for record in history.records:
         if record.kind == "open":
-            terms[record.body["study"]] = Terms.of(record.body)
+            opened[record.body["study"]] = record.body
         elif record.kind == "reserve":
-            yield record, terms[record.body["study"]]
+            yield record, opened[record.body["study"]]
 
 
 # ---- proof
@@ -128,42 +129,52 @@ def check_budget(history: History) -> str:
     """Both ceilings, at the last reservation under each `open` record: epsilon only ever grows in between."""
     if not history.studies:
         raise NotRun("no study was ever opened in this ledger")
-    done = settled(history)
-    last: dict[tuple[str, Terms], Record] = {}
-    for record, terms in _reservations(history):
-        if any(event.steps for event in done[record.seq]):
-            last[record.body["study"], terms] = record
+    done = _steps_done(history)
+    last_under: dict[int, int] = {}
+    for record, under in _reservations(history):
+        if any(done[record.seq]):
+            last_under[under["seq"]] = record.seq
+    bodies = {opened: history.records[opened - 1].body for opened in last_under}
+    last = {(body["study"], Terms.of(body)): last_under[opened] for opened, body in bodies.items()}
     refuse(len(last) > MAX_OPENED, "AUDIT_CEILING", f"steps were reserved under {len(last)} different terms")
     words = []
-    for (study, terms), record in last.items():
-        until = [
-            (r.body["study"], event) for r, _ in _reservations(history) if r.seq <= record.seq for event in done[r.seq]
-        ]
-        own, everything = [event for name, event in until if name == study], [event for _, event in until]
+    for (study, terms), seq in sorted(last.items(), key=lambda item: item[1]):
+        own, everything = _spent(history, done, seq, study), _spent(history, done, seq)
         words = [
-            _within(merge(own), terms.delta, terms.ceiling, f"study {study[:12]}", record),
-            _within(merge(everything), terms.delta, terms.total_ceiling, "all studies", record),
+            _within(own, terms.delta, terms.ceiling, f"study {study[:12]}", seq),
+            _within(everything, terms.delta, terms.total_ceiling, "all studies", seq),
         ]
     return "; ".join(words) or "nothing was spent"
 
 
-def _within(spent: Sequence[TrainingSteps], delta: float, ceiling: float, what: str, last: Record) -> str:
+def _within(spent: Sequence[TrainingSteps], delta: float, ceiling: float, what: str, last: int) -> str:
     epsilon = cost_of(spent, delta).enforced
     words = f"{what}: epsilon {epsilon:.4g} of {ceiling:g}"
-    refuse(epsilon > ceiling * ROUNDING, "AUDIT_CEILING", words, f"up to record {last.seq}")
+    refuse(epsilon > ceiling * ROUNDING, "AUDIT_CEILING", words, f"up to record {last}")
     return words
 
 
-def settled(history: History) -> dict[int, list[TrainingSteps]]:
-    """What each reservation came to in the end: the charged steps, nothing if it was taken back, or all of it."""
-    done = {record.seq: events_of(record.body) for record in history.records if record.kind == "reserve"}
+def _steps_done(history: History) -> dict[int, list[int]]:
+    """What each reservation came to in the end: the charged steps, none if it was taken back, or all of them."""
+    done: dict[int, list[int]] = {}
     for record in history.records:
-        if record.kind == "void":
-            done[record.body["reserve"]] = []
+        if record.kind == "reserve":
+            done[record.seq] = [event["steps"] for event in record.body["events"]]
+        elif record.kind == "void":
+            done[record.body["reserve"]] = [0] * len(done[record.body["reserve"]])
         elif record.kind == "charge":
-            pairs = zip(done[record.body["reserve"]], record.body["steps"], strict=True)
-            done[record.body["reserve"]] = [event.with_steps(steps) for event, steps in pairs]
+            done[record.body["reserve"]] = record.body["steps"]
     return done
+
+
+def _spent(history: History, done: Mapping[int, list[int]], last: int, study: str = "") -> list[TrainingSteps]:
+    """What the reservations up to a record's number came to, of one study or of all."""
+    total: Counter[tuple[str, str]] = Counter()
+    for record in history.records[:last]:
+        if record.kind == "reserve" and study in ("", record.body["study"]):
+            for event, steps in zip(record.body["events"], done[record.seq], strict=True):
+                total[event["noise_multiplier"], event["sampling_rate"]] += steps
+    return [TrainingSteps(float(sigma), float(rate), steps) for (sigma, rate), steps in sorted(total.items()) if steps]
 
 
 # ---- patients
