@@ -40,7 +40,7 @@ def emit(data: dict[str, Any], human: Callable[[Console], None], error: FedMedGa
     """Print a result: `data` as the envelope, or whatever `human` draws.
 
     Args:
-        error: what the result shows to be wrong. It is in the same envelope, or follows as one line; the exit code is 2.
+        error: what the result shows to be wrong: in the same envelope, or one line after the text. Exit code 2.
     """
     if wants_json():
         status = {"status": "ok"} if error is None else {"status": "error", "error": _fields(error)}

@@ -84,7 +84,7 @@ HINTS: dict[str, str] = {
     "LEDGER_OWNER": "each hospital's ledger is its own; give the right one",
     # an audit
     "AUDIT_FAILED": "each failure stands above with its code and hospital; docs/runbook.md says what to do about it",
-    "AUDIT_EVIDENCE": "give a ledger, a hospital's home, an audit bundle, a simulation's run folder, or a folder of them",
+    "AUDIT_EVIDENCE": "give a ledger, a hospital's home, an audit bundle, a run folder, or a folder of them",
     "AUDIT_SEAL": "ask the hospital for its bundle again; unpack it into a new folder",
     "AUDIT_NOISE": "less noise, or other noise, than was agreed: find out which program trained",
     "AUDIT_PROOF": "the round's own tests say that its noise, clipping or sampling was not right: look into it",
