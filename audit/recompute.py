@@ -107,12 +107,21 @@ def cost_of(events: Iterable[TrainingSteps], delta: float) -> Epsilon:
 @lru_cache(maxsize=1024)
 def _cost_of(events: tuple[TrainingSteps, ...], delta: float) -> Epsilon:
     few = fewer_kinds(events)
-    accountants = {"pld": epsilon_pld(few, delta)}
+    rounded = len(few) < len(events)
+    return Epsilon(_accountants(few, delta), epsilon_rdp(few, delta), epsilon_replace_one(few, delta), rounded)
+
+
+def enforced(events: Iterable[TrainingSteps], delta: float) -> float:
+    """The larger accountant's epsilon alone, which is what ceilings are about. Cases and errors as `cost_of`."""
+    return max(_accountants(fewer_kinds(events), check_delta(delta)).values())
+
+
+def _accountants(few: tuple[TrainingSteps, ...], delta: float) -> dict[str, float]:
+    found = {"pld": epsilon_pld(few, delta)}
     if sum(event.steps for event in few) <= MAX_PRV_STEPS:
         with suppress(ModuleNotFoundError):  # an auditor's machine without torch
-            accountants["prv"] = epsilon_prv(few, delta)
-    rounded = len(few) < len(events)
-    return Epsilon(accountants, epsilon_rdp(few, delta), epsilon_replace_one(few, delta), rounded)
+            found["prv"] = epsilon_prv(few, delta)
+    return found
 
 
 def costs(history: History) -> list[Cost]:

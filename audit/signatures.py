@@ -12,12 +12,16 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from fedmedgan.shared.errors import RunError
-from fedmedgan.shared.privacy.records import is_signed
+from fedmedgan.shared.privacy.records import DOMAIN
 
 FEW = 4000
 """So many lines are checked in this process."""
 MAX_PROCESSES = 8
+_START, _MIDDLE, _END = b'{"body":', b',"signature":"', b'"}\n'
 
 
 class Signatures:
@@ -68,14 +72,23 @@ class Signatures:
 
 
 def _first_unsigned(lines: Iterable[bytes], key: str) -> int | None:
-    return next((number for number, line in enumerate(lines, start=1) if not _is_signed(line, key)), None)
-
-
-def _is_signed(line: bytes, key: str) -> bool:
     try:
-        return is_signed(line, key)
-    except ValueError:  # not a record at all
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
+    except ValueError:
+        return 1
+    return next((number for number, line in enumerate(lines, start=1) if not _is_signed(line, public)), None)
+
+
+def _is_signed(line: bytes, public: Ed25519PublicKey) -> bool:
+    """`records.is_signed` for lines whose form nobody has checked yet, and one key for all of them."""
+    body, middle, signature = line[len(_START) : -145], line[-145:-131], line[-131:-3]
+    if not (line.startswith(_START) and middle == _MIDDLE and line.endswith(_END)):
         return False
+    try:
+        public.verify(bytes.fromhex(signature.decode()), DOMAIN + body)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedmedgan.audit.findings import NotRun, refuse
-from fedmedgan.audit.recompute import all_costs, cost_of
+from fedmedgan.audit.recompute import all_costs, enforced
 from fedmedgan.shared.agreement import Agreement
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.data_owner import owner_statement
@@ -53,7 +53,7 @@ def check_noise(history: History, studies: Mapping[str, Agreement], *, insecure_
     for (terms, study), where in every.items():
         _refuse_other_terms(terms, studies.get(study), history.hospital, where)
         planned = TrainingSteps(terms.noise_multiplier, terms.sampling_rate, terms.steps)
-        epsilon = cost_of([planned], terms.delta).enforced
+        epsilon = enforced([planned], terms.delta)
         what = f"with noise {terms.noise_multiplier:g} the whole study costs {epsilon:.4g} of {terms.ceiling:g}"
         refuse(epsilon > terms.ceiling * ROUNDING, "AUDIT_NOISE", what, where)
     for record, under in _reservations(history):
@@ -148,7 +148,7 @@ def check_budget(history: History) -> str:
 
 
 def _within(spent: Sequence[TrainingSteps], delta: float, ceiling: float, what: str, last: int) -> str:
-    epsilon = cost_of(spent, delta).enforced
+    epsilon = enforced(spent, delta)
     words = f"{what}: epsilon {epsilon:.4g} of {ceiling:g}"
     refuse(epsilon > ceiling * ROUNDING, "AUDIT_CEILING", words, f"up to record {last}")
     return words

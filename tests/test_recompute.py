@@ -18,7 +18,16 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from fedmedgan.audit import recompute
-from fedmedgan.audit.recompute import MAX_KINDS, all_costs, cost_of, costs, epsilon_rdp, fewer_kinds, renyi_divergence
+from fedmedgan.audit.recompute import (
+    MAX_KINDS,
+    all_costs,
+    cost_of,
+    costs,
+    enforced,
+    epsilon_rdp,
+    fewer_kinds,
+    renyi_divergence,
+)
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.privacy.accounting import epsilon_pld, epsilon_replace_one
 from fedmedgan.shared.privacy.events import TrainingSteps, merge
@@ -91,7 +100,7 @@ def test_it_is_an_upper_bound(sigma, q, steps, delta):
 def test_the_larger_accountant_counts_and_the_others_stand_beside():
     events = [TrainingSteps(1.1, 0.05, 200), TrainingSteps(2.0, 0.1, 100)]
     found = cost_of(events, DELTA)
-    assert found.enforced == max(found.accountants["pld"], found.accountants["prv"])
+    assert found.enforced == max(found.accountants["pld"], found.accountants["prv"]) == enforced(events, DELTA)
     assert found.accountants["pld"] == epsilon_pld(events, DELTA)
     assert found.enforced < found.rdp < 1.3 * found.enforced
     assert found.replace_one == epsilon_replace_one(events, DELTA) > found.enforced
