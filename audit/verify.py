@@ -54,7 +54,7 @@ class Case:
 
     @property
     def history(self) -> History:
-        if isinstance(self.chain, PrivacyError):
+        if isinstance(self.chain, PrivacyError) or not self.chain.seq:
             raise NotRun("needs a ledger whose chain is whole")
         return self.chain
 
