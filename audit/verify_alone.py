@@ -269,8 +269,8 @@ class Ledger:
         self.epochs: dict[str, int] = {}
         # Number -> [`reserve`, the `open` it was made under, steps done or None]; those taken back are gone.
         self.reserved: dict[int, list[Any]] = {}
-        self.settled: set[int] = set()
-        self.rounds: set[tuple[str, int]] = set()
+        self.unsettled: set[int] = set()
+        self.charged: set[tuple[str, int]] = set()
         *lines, tail = raw.split(b"\n")
         for line in lines:
             self.take(line + b"\n")
@@ -314,29 +314,35 @@ class Ledger:
             self.closed.add(study)
         if kind == "reserve":
             self.reserved[body["seq"]] = [body, opened, None]
+            self.unsettled.add(body["seq"])
         if kind in ("charge", "void"):
             return self.settle(body)
-        if kind == "release" and (study, body["round"]) not in self.rounds:
-            return "an update of a round that was never charged"
+        if kind == "release" and not self.is_paid(study, body["round"]):
+            return "an update of a round for which nothing is spent"
         if kind == "rotate":
             if body["epoch"] <= self.epochs.get(study, 0):
                 return "not a later key epoch"
             self.epochs[study] = body["epoch"]
         return ""
 
+    def is_paid(self, study: str, number: int) -> bool:
+        waiting = (self.reserved[seq][0] for seq in self.unsettled)
+        return (study, number) in self.charged or any((b["study"], b["round"]) == (study, number) for b in waiting)
+
     def settle(self, body: Body) -> str:
         seq = body["reserve"]
-        if seq not in self.reserved or seq in self.settled or self.reserved[seq][0]["study"] != body["study"]:
+        if seq not in self.unsettled or self.reserved[seq][0]["study"] != body["study"]:
             return "what it settles is not an open reservation of this study"
+        reserve = self.reserved[seq][0]
+        limits = [event["steps"] for event in reserve["events"]]
         if body["kind"] == "void":
             del self.reserved[seq]
-            return ""
-        limits = [event["steps"] for event in self.reserved[seq][0]["events"]]
-        if len(body["steps"]) != len(limits) or any(body["steps"][i] > limits[i] for i in range(len(limits))):
+        elif len(body["steps"]) != len(limits) or any(body["steps"][i] > limits[i] for i in range(len(limits))):
             return "more steps charged than reserved"
-        self.reserved[seq][2] = body["steps"]
-        self.settled.add(seq)
-        self.rounds.add((body["study"], self.reserved[seq][0]["round"]))
+        else:
+            self.reserved[seq][2] = body["steps"]
+            self.charged.add((reserve["study"], reserve["round"]))
+        self.unsettled.discard(seq)
         return ""
 
     @property

@@ -200,6 +200,22 @@ def test_an_extra_round_without_a_charge(consortium):
     assert "round 2 of longer" in words(found, "rounds")
 
 
+def test_an_update_that_was_sent_and_then_taken_back(consortium):
+    """The ledger's order allows it: a reservation pays for a release, and may be voided. The certificate shows it."""
+
+    def voided(bodies: Bodies) -> Bodies:
+        charge = of_kind(bodies, "charge")[3]
+        place, release = bodies.index(charge), of_kind(bodies, "release")[3]
+        void = {name: charge[name] for name in ("v", "time", "hospital", "study", "reserve")}
+        rest = [body for body in bodies[place + 1 :] if body is not release]
+        return [*bodies[:place], release, {**void, "kind": "void", "reason": "no data"}, *rest]
+
+    consortium.hospitals[NAME].rewrite(voided)
+    wrong = failed(audit(consortium))
+    assert wrong[NAME, "rounds"] == "AUDIT_UNCHARGED"
+    assert wrong[NAME, "anchors"] == "LEDGER_FORK"
+
+
 def test_another_study_on_the_same_patients(consortium, tmp_path):
     second = Hospital(tmp_path / "run" / "hospitals" / "second-home", NAME)
     second.join(study("other"))
