@@ -10,8 +10,8 @@
     verify.py              checks all of it with Python and the package cryptography alone
     SHA256SUMS, .sig       every file's hash; Ed25519 over "fedmedgan audit bundle 1\\n" and those bytes
 
-It holds no image, no pseudonym, no path of this machine and no number that depends on how many patients there are. What
-attacks on the generator found depends on patients without noise and is in it: a bundle is for reviewers.
+It holds no image, no pseudonym and no path of this machine, and of patients the declared number. What attacks on the
+generator found depends on patients without noise and is in it: a bundle is for reviewers.
 """
 
 from __future__ import annotations

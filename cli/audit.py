@@ -23,7 +23,7 @@ from fedmedgan.shared.privacy import history as ledgers
 from fedmedgan.shared.privacy.history import History
 from fedmedgan.shared.privacy.records import Terms
 
-TABLE_ROWS = 40
+TABLE_ROWS, BAR = 40, 14
 
 UNIT = "one patient with all images; adding or removing one; Poisson sampling by patient"
 
@@ -99,7 +99,7 @@ def _draw_ledger(console: Console, history: History, rows: Sequence[Spend], name
         for column in ("of the ceiling", "tests", "note"):
             table.add_column(column)
         for row in evenly(own, TABLE_ROWS):
-            used = words.bar(row.epsilon, terms.ceiling) if row.epsilon is not None else ""
+            used = words.bar(row.epsilon, terms.ceiling, BAR) if row.epsilon is not None else ""
             numbers = (f"{row.noise_multiplier:.3f}", f"{row.sampling_rate:.4f}", f"{row.steps}")
             note = escape(row.reason) if row.reason else STATES[row.state]
             table.add_row(str(row.round), *numbers, words.rounded_up(row.epsilon), used, _tests(row), note)
