@@ -88,7 +88,7 @@ def _gather(path: Path, where: str) -> Iterator[HospitalEvidence]:
             yield from _bundles(_unzipped(path), where)
         else:
             yield _evidence({LEDGER: _read(path, MAX_BYTES)}, where)
-    elif (path / LEDGER).is_file():
+    elif (path / LEDGER).is_file() and not (path / LEDGER).is_symlink():
         run = path.resolve().parents[1] if path.resolve().parent.name == "hospitals" else path
         yield _home(path, where, insecure_simulation=(run / INSECURE_MARK).exists())
     elif path.is_dir():
@@ -97,7 +97,7 @@ def _gather(path: Path, where: str) -> Iterator[HospitalEvidence]:
         for child in sorted((hospitals if hospitals.is_dir() else path).iterdir()):
             if child.is_symlink():
                 continue
-            if (child / LEDGER).is_file():
+            if (child / LEDGER).is_file() and not (child / LEDGER).is_symlink():
                 yield _home(child, f"{where}/{child.name}", insecure_simulation=mark)
             elif child.is_file() and child.suffix in (".zip", ".jsonl") and child.name != "events.jsonl":
                 yield from _gather(child, f"{where}/{child.name}")

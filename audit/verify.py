@@ -279,10 +279,12 @@ def check_rounds(case: Case, handed: Handed, broken: FedMedGanError | None) -> s
     ]
     if not certified:
         raise NotRun("bring certificates of the rounds (a home or a bundle)")
-    paid, released = _paid(history), _released(history)
+    released = _released(history)
     for one, update in certified:
         where = f"round {update.round} of {one.study.name}"
-        refuse((one.study.hash, update.round) not in paid, "AUDIT_UNCHARGED", "an update without a charge", where)
+        paid, needed = history.steps_paid(one.study.hash, update.round), one.study.training.local_steps
+        refuse(not paid, "AUDIT_UNCHARGED", "an update without a charge", where)
+        refuse(paid < needed, "AUDIT_UNCHARGED", f"an update of {needed} steps for a charge of {paid}", where)
         refuse(_sent(update) not in released, "AUDIT_UNCHARGED", "an update that the ledger does not know", where)
     _refuse_two_certificates(history, rounds)
     given = {(one.study.hash, one.round) for one in rounds}
@@ -299,13 +301,6 @@ def _released(history: History) -> set[tuple[str, int, int, str]]:
 
 def _sent(update: Update) -> tuple[str, int, int, str]:
     return (update.study, update.round, update.attempt, update.payload_sha256)
-
-
-def _paid(history: History) -> set[tuple[str, int]]:
-    """(study, round) of every reservation that was not taken back."""
-    void = {record.body["reserve"] for record in history.records if record.kind == "void"}
-    reserved = [record for record in history.records if record.kind == "reserve" and record.seq not in void]
-    return {(record.body["study"], record.body["round"]) for record in reserved}
 
 
 def _refuse_two_certificates(history: History, rounds: Sequence[Round]) -> None:

@@ -184,7 +184,9 @@ COMMON = {
     "v": lambda v: is_whole(v, 2, 2),
     "seq": lambda v: is_whole(v, 1),
     "prev": is_hash,
-    "time": lambda v: isinstance(v, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", v) is not None,
+    "time": lambda v: (
+        isinstance(v, str) and re.fullmatch("[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z", v) is not None
+    ),
     "hospital": is_name,
     "study": is_hash,
     "kind": lambda v: True,
@@ -270,7 +272,8 @@ class Ledger:
         # Number -> [`reserve`, the `open` it was made under, steps done or None]; those taken back are gone.
         self.reserved: dict[int, list[Any]] = {}
         self.unsettled: set[int] = set()
-        self.charged: set[tuple[str, int]] = set()
+        self.charged: dict[tuple[str, int], int] = {}
+        self.released: set[tuple[str, int]] = set()
         *lines, tail = raw.split(b"\n")
         for line in lines:
             self.take(line + b"\n")
@@ -317,17 +320,21 @@ class Ledger:
             self.unsettled.add(body["seq"])
         if kind in ("charge", "void"):
             return self.settle(body)
-        if kind == "release" and not self.is_paid(study, body["round"]):
-            return "an update of a round for which nothing is spent"
+        if kind == "release":
+            if not self.paid(study, body["round"]):
+                return "an update of a round for which nothing is spent"
+            self.released.add((study, body["round"]))
         if kind == "rotate":
             if body["epoch"] <= self.epochs.get(study, 0):
                 return "not a later key epoch"
             self.epochs[study] = body["epoch"]
         return ""
 
-    def is_paid(self, study: str, number: int) -> bool:
-        waiting = (self.reserved[seq][0] for seq in self.unsettled)
-        return (study, number) in self.charged or any((b["study"], b["round"]) == (study, number) for b in waiting)
+    def paid(self, study: str, number: int) -> int:
+        """The most steps that one reservation of a round paid for: those charged, or all where it is unsettled."""
+        waiting = [self.reserved[seq][0] for seq in self.unsettled]
+        steps = [sum(e["steps"] for e in b["events"]) for b in waiting if (b["study"], b["round"]) == (study, number)]
+        return max([self.charged.get((study, number), 0), *steps])
 
     def settle(self, body: Body) -> str:
         seq = body["reserve"]
@@ -335,13 +342,16 @@ class Ledger:
             return "what it settles is not an open reservation of this study"
         reserve = self.reserved[seq][0]
         limits = [event["steps"] for event in reserve["events"]]
+        place = (reserve["study"], reserve["round"])
+        if body["kind"] == "void" and place in self.released:
+            return "what it takes back was released"
         if body["kind"] == "void":
             del self.reserved[seq]
         elif len(body["steps"]) != len(limits) or any(body["steps"][i] > limits[i] for i in range(len(limits))):
             return "more steps charged than reserved"
         else:
             self.reserved[seq][2] = body["steps"]
-            self.charged.add((reserve["study"], reserve["round"]))
+            self.charged[place] = max(self.charged.get(place, 0), sum(body["steps"]))
         self.unsettled.discard(seq)
         return ""
 
@@ -660,9 +670,10 @@ def check_rounds(bundle: Bundle) -> str:
     updates = bundle.own_updates()
     needs(updates, "certificates that list this hospital")
     released = {(b["round"], b["attempt"], b["sha256"]) for b in bundle.ledger.of("release", bundle.study_hash)}
-    paid = {body["round"] for body, _, _ in bundle.ledger.reserved.values() if body["study"] == bundle.study_hash}
+    needed = bundle.agreed["training"]["local_steps"]
     for name, update in updates:
-        require(update["round"] in paid, f"{name}: round {update['round']} was never reserved or charged")
+        paid = bundle.ledger.paid(bundle.study_hash, update["round"])
+        require(paid >= needed, f"{name}: round {update['round']} took {needed} steps, {paid} were reserved or charged")
         sent = (update["round"], update["attempt"], update["payload_sha256"])
         require(sent in released, f"{name}: the update of round {update['round']} was never recorded as released")
     return f"all {len(updates)} updates in certificates were charged and released"

@@ -111,9 +111,11 @@ def check_proof(history: History) -> str:
         record, names = failed[0]
         what = f"tests of {len(failed)} of {len(charges)} rounds failed, the first: {', '.join(names)}"
         refuse(True, "AUDIT_PROOF", what, f"record {record.seq}")
-    if all(set(record.body["checks"].values()) == {"not-run"} for record in charges):
-        raise NotRun(f"no test was run in any of {len(charges)} rounds")
-    return f"{len(charges)} rounds: " + ", ".join(f"{name} {_count(charges, name)}" for name in CHECKS)
+    words = f"{len(charges)} rounds: " + ", ".join(f"{name} {_count(charges, name)}" for name in CHECKS)
+    never = [name for name in CHECKS if all(record.body["checks"][name] != "passed" for record in charges)]
+    if {"noise", "clipping", "rows"} & set(never):
+        raise NotRun(f"no round shows {', '.join(never)}; {words}")
+    return words
 
 
 def _count(charges: Sequence[Record], name: str) -> str:
@@ -204,6 +206,9 @@ def check_patients(history: History, everybody: Sequence[History], *, owner_key:
             notes.append(f"{where} is allowed by the data owner's key {signed_by[:16]}; {what}")
         elif other.book == history.book or other.hospital == history.hospital:
             notes.append(f"another ledger of {other.hospital}: {_different(history, other)}")
+    if not any(o.book == history.book or o.signing_key == history.signing_key for o in others.values()):
+        ask = "bring the hospital's other ledgers: its budget book lists them (`fedmedgan site budget`)"
+        raise NotRun("; ".join([*notes, f"nothing here is of the same budget book: {ask}"]))
     together_all = all_costs([history, *allowed])
     words = f"epsilon {together_all.epsilon:.4g} of {together_all.ceiling:g} over all ledgers of these patients"
     what = f"epsilon {together_all.epsilon:.4g} of {together_all.ceiling:g} over {1 + len(allowed)} ledgers"

@@ -79,7 +79,7 @@ def main() -> None:
             "append: signed, written and fsynced, in a temporary folder on the machine's disk",
             "verify: every signature, on all cores; the ledger has all kinds of records of a long study",
             f"epsilon: PLD and PRV of {ROUNDS} rounds of 20 steps, q = 0.05, delta = 1e-5, nothing cached",
-            "witness: 20th percentile of steps with and without it in turn, one thread, same process; share = 1 - without/with",
+            "witness: 20th percentile of steps with and without it in turn, same process; share = 1 - without / with",
         ],
     )
 

@@ -122,7 +122,7 @@ def budget(home: Home, passphrase_file: Passphrase = None) -> None:
         if found.other_ledgers:
             console.print(f"{found.other_ledgers} other ledgers of the same patients are counted in", soft_wrap=True)
         if found.next_round is None:
-            said = "every round of the study is trained and paid"
+            said = "no further round: every one is trained and paid, or the study is over here"
         else:
             said = f"round {found.next_round} of {found.rounds} " + ("fits" if found.fits else "WOULD BE REFUSED")
         console.print(said, soft_wrap=True)

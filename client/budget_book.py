@@ -248,14 +248,19 @@ class BudgetBook:
         with self.locked():
             return merge(event for entry in self.beside(ledger_id) for event in self._read(entry).spent())
 
-    def ceiling(self, ledger_id: str, own: float) -> float:
-        """The lowest ceiling that holds for these patients: this home's own, or that of another ledger of theirs.
+    def ceiling(self, history: History, policy: float) -> float:
+        """The lowest ceiling that holds for these patients, over all their studies.
+
+        Args:
+            history: of this home's ledger; what it has on record holds until a study is signed again.
+            policy: `max_epsilon` of this home now.
 
         Raises:
             PrivacyError: LEDGER_BOOK.
         """
         with self.locked():
-            return min([own, *(self._read(entry).total_ceiling for entry in self.beside(ledger_id))])
+            others = [self._read(entry).total_ceiling for entry in self.beside(history.ledger_id)]
+            return min(policy, history.total_ceiling, *others)
 
     def beside(self, ledger_id: str) -> tuple[Entry, ...]:
         """The other ledgers that ever touched a patient of this one, by id. Raises PrivacyError LEDGER_BOOK."""

@@ -20,7 +20,16 @@ import rfc8785
 
 from fedmedgan.client import anchors, checkpoint
 from fedmedgan.client.home import Home
-from fedmedgan.client.joining import ATTEMPT, CERTIFICATES, LEFT, OUTBOX, keep
+from fedmedgan.client.joining import (
+    ADAM_STATES,
+    ATTEMPT,
+    CERTIFICATES,
+    LEFT,
+    NOISE,
+    OUTBOX,
+    SIGN_AGAIN,
+    keep,
+)
 from fedmedgan.client.key_epochs import KeyEpochs
 from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
 from fedmedgan.client.training.randomness import RandomSource
@@ -32,6 +41,7 @@ from fedmedgan.shared.errors import (
     ModelError,
     PrivacyError,
     RunError,
+    StudyError,
 )
 from fedmedgan.shared.messages import (
     MAX_LOSS,
@@ -249,13 +259,15 @@ class Hospital(Home):
                 reservation.void("the data could not be read; nothing was trained")
                 raise
             began = time.perf_counter()
-            losses, update_P, checks = self._train_networks(PatientSampler(patients, rate, random), random)
+            code = source_hash()
+            losses, update_P, adam_states, checks = self._train_networks(PatientSampler(patients, rate, random), random)
             trained = time.perf_counter()
-            crash.point("client.trained")
-            proof_of_round: dict[str, Any] = {"noise_source": random.name, "checks": checks, "code": source_hash()}
-            if failed := failed_checks(checks):
+            proof_of_round: dict[str, Any] = {"noise_source": random.name, "checks": checks, "code": code}
+            if failed := failed_checks(checks):  # nothing that was trained is kept, not even Adam's states
                 reservation.charge(t.local_steps, **proof_of_round)
                 raise PrivacyError("PRIVACY_PROOF", f"failed: {', '.join(failed)}", f"round {round}")
+            crash.point("client.trained")
+            checkpoint.write(self.home / ADAM_STATES, adam_states)
             quantized = self.plan.quantize(update_P, self._rounding(round))
             checkpoint.write(
                 self._update_file,
@@ -284,14 +296,18 @@ class Hospital(Home):
         )
 
     def _require_proof(self, ledger: Ledger) -> None:
-        """Nothing is trained after a failed test, until a person has signed the study again."""
+        """Nothing is trained after a failed test, until a person has signed again; and only as the ledger says."""
         if ledger.history.proof_failed(self.study.hash):
             raise PrivacyError("PRIVACY_PROOF", "the tests of an earlier round failed", self.site.name)
+        terms = ledger.history.terms(self.study.hash)
+        agreed = (self.sigma, self.study.sampling_rate(self.site), self.study.privacy.clip_norm)
+        if terms is None or (terms.noise_multiplier, terms.sampling_rate, terms.clip_norm) != agreed:
+            raise StudyError("STUDY_HASH", "noise or sampling are not those on record", NOISE, hint=SIGN_AGAIN)
 
     def _train_networks(
         self, sampler: PatientSampler, random: RandomSource
-    ) -> tuple[Losses, np.ndarray, dict[str, str]]:
-        """Losses; new weights minus old ones, as one float32 vector (P,); what the round's tests said."""
+    ) -> tuple[Losses, np.ndarray, checkpoint.Arrays, dict[str, str]]:
+        """Losses; new weights minus old ones, one float32 vector (P,); Adam's states; what the tests said."""
         trainer = LocalTrainer(
             self.study,
             *self.networks,
@@ -301,15 +317,15 @@ class Hospital(Home):
             device=self._device(),
             steps_done=self.applied_round * self.study.training.local_steps,
         )
-        states = self.home / "optimizers.safetensors"
+        states = self.home / ADAM_STATES
         adams = {"generator": trainer.adam_g, "discriminator": trainer.adam_d}
         if states.exists():
             checkpoint.load_optimizers(checkpoint.read(states)[0], **adams)
         losses = trainer.train(self.study.training.local_steps)
         trainer.close()
-        checkpoint.write(states, checkpoint.optimizer_arrays(**adams))
         trained = checkpoint.flatten(checkpoint.network_arrays(*self.networks))
-        return losses, trained - checkpoint.flatten(self.model), trainer.checks
+        update_P = trained - checkpoint.flatten(self.model)
+        return losses, update_P, checkpoint.optimizer_arrays(**adams), trainer.checks
 
     def _remember_attempt(self, opened: RoundOpen) -> _Attempt:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.

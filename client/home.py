@@ -166,7 +166,7 @@ class Home:
             study=self.study.hash,
             delta=p.delta,
             study_ceiling=p.epsilon,
-            total_ceiling=self.book.ceiling(ledger.history.ledger_id, self.policy.max_epsilon),
+            total_ceiling=self.book.ceiling(ledger.history, self.policy.max_epsilon),
             accountants=ENFORCED,
             elsewhere=self.book.spent_elsewhere(ledger.history.ledger_id),
         )

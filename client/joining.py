@@ -22,6 +22,7 @@ from fedmedgan.shared.privacy.records import Terms
 from fedmedgan.shared.secure_sum.keys import HospitalKeys, generate_identity
 from fedmedgan.shared.study import Study
 
+ADAM_STATES = "optimizers.safetensors"
 ATTEMPT = "attempt.json"
 OUTBOX = "outbox.msg"
 LEFT = "left"
@@ -29,11 +30,12 @@ CERTIFICATES = "certificates"
 ROTATION_ALLOWED = "rotation-allowed.json"
 REJECTED = "rejected.json"
 NOISE = "noise.json"
+SIGN_AGAIN = "sign the study again, which writes it: `fedmedgan study sign`"
 REQUEST = "override-request.json"
 """What the data owner would have to allow, where another ledger has touched the same patients."""
 STATE = (
     "model.safetensors",
-    "optimizers.safetensors",
+    ADAM_STATES,
     "update.safetensors",
     ATTEMPT,
     OUTBOX,
@@ -147,6 +149,7 @@ def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement
     )
     with Ledger(home / "ledger.jsonl", site.name, signing=keys.signing, book=book.id) as ledger:
         _enter(book, ledger, patients, policy.data_owner_key)
+        _refuse_reopening(ledger, study, p.delta)  # before any study is closed for it
         for earlier in ledger.history.studies:
             if earlier != study.hash and not ledger.history.is_closed(earlier):
                 ledger.close_study(earlier)
@@ -159,6 +162,15 @@ def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement
     if not (home / "study.json").exists():  # joining again must not lose the others' signatures
         keep(home, agreement)
     return agreement
+
+
+def _refuse_reopening(ledger: Ledger, study: Study, delta: float) -> None:
+    terms = ledger.history.terms(study.hash)
+    if ledger.history.is_closed(study.hash):
+        hint = "a study that is over stays over; the coordinator can make a new one"
+        raise StudyError("STUDY_POLICY", "this study is over at this hospital", study.name, hint=hint)
+    if terms is not None and terms.delta != delta:
+        raise PrivacyError("LEDGER_STATE", "the study was opened with another delta", study.name)
 
 
 def _enter(book: BudgetBook, ledger: Ledger, patients: PatientImages, owner_key: str) -> None:
@@ -189,6 +201,8 @@ def allow_beside(home: Path, override: Path) -> None:
     try:
         fields = json.loads(override.read_text(encoding="utf-8"))
         fields = {name: fields[name] for name in ("ledgers", "reason", "owner_key", "owner_signature")}
+        if not all(isinstance(text, str) for text in (*fields["ledgers"], *list(fields.values())[1:])):
+            raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         raise PrivacyError("LEDGER_OVERRIDE", "this is nothing that a data owner signed", override.name) from None
     with Ledger(home / "ledger.jsonl", policy.site, signing=keys.signing, book=book.id) as ledger:

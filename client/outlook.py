@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedmedgan.client import checkpoint
 from fedmedgan.client.budget_book import BudgetBook
-from fedmedgan.client.joining import NOISE
+from fedmedgan.client.joining import LEFT, NOISE, SIGN_AGAIN
 from fedmedgan.client.policy import Policy
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.shared.agreement import Agreement
@@ -30,7 +30,9 @@ class Outlook:
     delta: float
     rounds: int
     next_round: int | None
-    """None where every round of the study is trained and paid."""
+    """None where every round of the study is trained and paid, or the study is over here."""
+    proof_failed: bool
+    """A test of the latest round failed: nothing is trained until the study is signed again."""
     in_study: Decision
     in_all: Decision
     """Over all studies of the same patients, in every ledger of the budget book."""
@@ -42,7 +44,8 @@ class Outlook:
     @property
     def fits(self) -> bool:
         """Whether the next round would be granted."""
-        return all(decision.allowed and decision.agree for decision in (self.in_study, self.in_all))
+        granted = all(decision.allowed and decision.agree for decision in (self.in_study, self.in_all))
+        return granted and not self.proof_failed
 
 
 def outlook(home: Path) -> Outlook:
@@ -56,10 +59,12 @@ def outlook(home: Path) -> Outlook:
     history = read_ledger(path) if path.exists() else History()
     trained = max(_round_of(home / "model.safetensors"), _round_of(home / "update.safetensors"))
     t, rate = study.training, study.sampling_rate(study.site(policy.site))
-    planned = [TrainingSteps(_noise(home), rate, t.local_steps)] if trained < t.rounds else []
-    elsewhere = book.spent_elsewhere(history.ledger_id) if history.studies else []
-
-    ceiling = book.ceiling(history.ledger_id, policy.max_epsilon) if history.studies else policy.max_epsilon
+    ended = history.is_closed(study.hash) or (home / LEFT).exists()
+    planned = [TrainingSteps(_noise(home), rate, t.local_steps)] if trained < t.rounds and not ended else []
+    elsewhere, ceiling = list[TrainingSteps](), policy.max_epsilon
+    if history.studies:
+        book.check(history, path)
+        elsewhere, ceiling = book.spent_elsewhere(history.ledger_id), book.ceiling(history, policy.max_epsilon)
 
     def decide(spent: list[TrainingSteps], ceiling: float) -> Decision:
         return preview(spent, planned, delta=study.privacy.delta, ceiling=ceiling, accountants=ENFORCED)
@@ -70,6 +75,7 @@ def outlook(home: Path) -> Outlook:
         delta=study.privacy.delta,
         rounds=t.rounds,
         next_round=trained + 1 if planned else None,
+        proof_failed=history.proof_failed(study.hash),
         in_study=decide(history.spent(study.hash), study.privacy.epsilon),
         in_all=decide([*history.spent(), *elsewhere], ceiling),
         replace_one=epsilon_replace_one(history.spent(study.hash), study.privacy.delta),
@@ -87,5 +93,4 @@ def _noise(home: Path) -> float:
     try:
         return float(json.loads((home / NOISE).read_text(encoding="utf-8"))["noise_multiplier"])
     except (OSError, ValueError, KeyError, TypeError):
-        hint = "sign the study again, which writes it: `fedmedgan study sign`"
-        raise StudyError("CONFIG_NOT_FOUND", "the study's noise is not here", NOISE, hint=hint) from None
+        raise StudyError("CONFIG_NOT_FOUND", "the study's noise is not here", NOISE, hint=SIGN_AGAIN) from None

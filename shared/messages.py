@@ -195,7 +195,7 @@ class Update(RoundOpen):
     """Model that the update starts from."""
     payload_bytes: Count
     payload_sha256: Hash
-    ledger_seq: Count
+    ledger_seq: Annotated[int, Field(ge=1, le=10**9)]
     ledger_head: Hash
     generator_loss: Annotated[float, Field(ge=0, le=MAX_LOSS)]
 

@@ -23,6 +23,7 @@ from fedmedgan.client.budget_book import BudgetBook
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.shared.privacy.history import NOTHING, complete_lines
 from fedmedgan.shared.privacy.history import read as read_ledger
+from fedmedgan.shared.privacy.ledger import Ledger
 from fedmedgan.shared.privacy.records import line_hash
 from fedmedgan.simulations import consortium
 
@@ -115,7 +116,7 @@ def test_records_dropped_and_replaced(place):
         return {"steps": [1]} if body["kind"] == "charge" and body["reserve"] > 5 else {}
 
     rewrite(place, change)
-    assert_named(failures(place[0]), "LEDGER_FORK")
+    assert_named(failures(place[0]), "LEDGER_FORK", "AUDIT_UNCHARGED")
 
 
 def test_rollback(place):
@@ -150,8 +151,11 @@ def test_sigma_changed_in_the_training(tmp_path):
 
         def generous(self, ledger):
             made = budget(self, ledger)
-            made.study_ceiling = made.total_ceiling
+            made.study_ceiling = made.total_ceiling = 100.0
             return made
+
+        require = Hospital._require_proof
+        patch.setattr(Hospital, "_require_proof", lambda h, x: h.site.name == CHEATER or require(h, x))
 
         patch.setattr(
             Hospital, "_budget", lambda h, ledger: (generous if h.site.name == CHEATER else budget)(h, ledger)
@@ -184,6 +188,19 @@ def test_an_extra_round_run_uncharged(prepared):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hospital, "_train", train_silently)
         patch.setattr(Hospital, "_record_release", release_silently)
+        run_study(prepared)
+    assert_named(failures(prepared[0]), "AUDIT_UNCHARGED")
+
+
+def test_a_round_charged_for_fewer_steps_than_it_took(prepared):
+    """The update is in the certificate and the charge in the ledger, but not for what was done."""
+    charge = Ledger.charge
+
+    def charge_less(self, reservation: int, *steps: int, **proof) -> None:
+        charge(self, reservation, *(1 if self.hospital == CHEATER else done for done in steps), **proof)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "charge", charge_less)
         run_study(prepared)
     assert_named(failures(prepared[0]), "AUDIT_UNCHARGED")
 

@@ -18,11 +18,12 @@ from fedmedgan.client import joining
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.outlook import outlook
 from fedmedgan.client.training.local_round import LocalTrainer
-from fedmedgan.shared.agreement import assemble
+from fedmedgan.shared.agreement import Identity, assemble
 from fedmedgan.shared.errors import DataError, FedMedGanError, PrivacyError
 from fedmedgan.shared.privacy.accounting import epsilon_pld
 from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.privacy.records import CHECKS
+from fedmedgan.shared.study import Study
 from fedmedgan.simulations import consortium
 
 CHARGED = ["reserve", "rotate", "charge", "release"]
@@ -95,11 +96,40 @@ def test_after_a_failed_test_the_update_is_thrown_away_and_nothing_trains_until_
         assert "noise" in refused("PRIVACY_PROOF", Hospital(home).local_update, round_1(keyed)).line()
     assert kinds(home)[2:] == ["reserve", "rotate", "charge"], "what was done is spent, and nothing left the hospital"
     assert not (home / "update.safetensors").exists()
+    assert not (home / joining.ADAM_STATES).exists(), "what was trained without proof is in no later round either"
     refused("PRIVACY_PROOF", Hospital(home).local_update, round_1(keyed))
     assert kinds(home)[-1] == "charge", "nothing more is reserved"
     joining.join(home, keyed[1])
     Hospital(home).local_update(round_1(keyed))
     assert kinds(home)[-4:] == ["open", "reserve", "charge", "release"]
+
+
+def test_noise_that_is_not_the_one_on_record_is_refused(keyed):
+    home = first(keyed).home
+    noise = json.loads((home / joining.NOISE).read_text())
+    (home / joining.NOISE).write_text(json.dumps(noise | {"noise_multiplier": noise["noise_multiplier"] + 0.001}))
+    refused("STUDY_HASH", Hospital(home).local_update, round_1(keyed))
+    assert kinds(home) == ["begin", "open"], "nothing was reserved"
+
+
+def test_a_higher_ceiling_holds_when_the_study_was_signed_again(keyed):
+    home = first(keyed).home
+    policy = home / "policy.toml"
+    policy.write_text(policy.read_text().replace("max_epsilon = 20.0", "max_epsilon = 30.0"))
+    assert outlook(home).in_all.ceiling == 20.0
+    joining.join(home, keyed[1])
+    assert outlook(home).in_all.ceiling == 30.0
+
+
+def test_signing_a_study_that_is_over_leaves_the_running_one_alone(keyed, tmp_path):
+    """One slip of a person must not end a study for good."""
+    hospital, study = first(keyed), keyed[1]
+    home, running = hospital.home, renamed(keyed, tmp_path, [joining.identity("site-0", hospital.keys)])
+    joining.join(home, running)  # which ends the first one here
+    refused("STUDY_POLICY", joining.join, home, study)
+    history = read_ledger(home / "ledger.jsonl")
+    assert history.is_closed(study.hash)
+    assert not history.is_closed(running.hash)
 
 
 def test_the_study_is_closed_after_its_last_round(keyed):
@@ -117,25 +147,22 @@ def test_the_study_is_closed_after_its_last_round(keyed):
 # ---- a second home of the same hospital
 
 
+def renamed(keyed, folder: Path, own: list[Identity]) -> Study:
+    """The same study under another name: another study of the same hospitals."""
+    without = {"signing_key": "", "exchange_key": "", "wrapping_key": ""}
+    sites = tuple(site.model_copy(update=without) for site in keyed[1].sites)
+    bare = keyed[1].model_copy(update={"name": "another", "coordinator_key": "", "sites": sites})
+    others = [joining.identity(h.site.name, h.keys) for h in hospitals(keyed)[1:]]
+    return assemble(bare, [*own, *others, consortium._coordinator(folder)])
+
+
 @pytest.fixture
 def second(keyed, tmp_path):
     """Another home of site-0, in another study on the same patients, under the same budget book."""
-    folder, study = keyed
-    original, home = first(keyed), folder / "hospitals" / "second"
-    book = Path("..", "..", "budget-books", "site-0")
-    own = joining.init_home(home, site="site-0", data=original.policy.data, max_epsilon=20.0, budget_book=book)
-    bare = study.model_copy(
-        update={
-            "name": "another",
-            "coordinator_key": "",
-            "sites": tuple(
-                site.model_copy(update={"signing_key": "", "exchange_key": "", "wrapping_key": ""})
-                for site in study.sites
-            ),
-        }
-    )
-    others = [joining.identity(h.site.name, h.keys) for h in hospitals(keyed)[1:]]
-    return home, assemble(bare, [own, *others, consortium._coordinator(tmp_path)])
+    home, book = keyed[0] / "hospitals" / "second", Path("..", "..", "budget-books", "site-0")
+    data = first(keyed).policy.data
+    own = joining.init_home(home, site="site-0", data=data, max_epsilon=30.0, budget_book=book)
+    return home, renamed(keyed, tmp_path, [own])
 
 
 def test_a_second_ledger_on_the_same_patients_needs_the_data_owner_and_shares_one_budget(keyed, second, tmp_path):
@@ -168,15 +195,8 @@ def test_a_second_ledger_on_the_same_patients_needs_the_data_owner_and_shares_on
     said = json.loads(run(["site", "budget", "--home", str(home)]))["data"]
     assert said["in_all"]["spent"] == found.in_all.spent_epsilon > 0
     assert said["in_study"]["after_next_round"] > 0
-    assert said["in_all"]["ceiling"] == 20.0
-    first_policy = original.home / "policy.toml"
-    lines = first_policy.read_text().replace("max_epsilon = 20.0", "max_epsilon = 20.5")
-    first_policy.write_text(lines.replace('data_owner_key = ""', f'data_owner_key = "{public["public"]}"'))
-    policy.write_text(policy.read_text().replace("max_epsilon = 20.0", "max_epsilon = 30.0"))
-    joining.join(original.home, keyed[1])
-    assert outlook(home).in_all.ceiling == 20.5, "the lowest ceiling of the same patients rules"
-    policy.write_text(policy.read_text().replace("max_epsilon = 30.0", "max_epsilon = 20.0"))
-    policy.write_text(policy.read_text().replace("max_epsilon = 20.0", f"max_epsilon = {said['in_all']['spent']!r}"))
+    assert said["in_all"]["ceiling"] == 20.0, "the lowest ceiling of the same patients rules, that of the first home"
+    policy.write_text(policy.read_text().replace("max_epsilon = 30.0", f"max_epsilon = {said['in_all']['spent']!r}"))
     assert not outlook(home).fits, "one budget for both"
 
 

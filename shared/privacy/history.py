@@ -8,6 +8,7 @@
     lines of another hospital, or of another ledger  LEDGER_OWNER, LEDGER_CORRUPT
     charge for more steps than reserved              LEDGER_STATE
     release of a round for which nothing is spent    LEDGER_STATE
+    void of a round of which an update was released  LEDGER_STATE
 
 Every line holds the hash of the line before, signature included, so the signature of the last line vouches for the
 whole file: `verify` checks that one. `fedmedgan audit verify` checks every one.
@@ -56,7 +57,8 @@ class History:
         self._closed: set[str] = set()
         self._unsettled: dict[int, dict[str, Any]] = {}
         self._charged: list[tuple[str, TrainingSteps]] = []
-        self._rounds: set[tuple[str, int]] = set()
+        self._steps: dict[tuple[str, int], int] = {}
+        self._released: set[tuple[str, int]] = set()
         self._epochs: dict[str, int] = {}
         self._unproven: set[str] = set()
 
@@ -147,19 +149,23 @@ class History:
             raise _state(f"{kind}: the study was never opened", body)
         if kind in ("charge", "void"):
             self._refuse_settling(body)
-        if kind == "release" and not self._is_paid(study, body["round"]):
+        if kind == "release" and not self.steps_paid(study, body["round"]):
             raise _state("release: nothing is spent for that round", body)
         if kind == "rotate" and body["epoch"] <= self.key_epoch(study):
             raise _state("rotate: the key epoch is not a later one", body)
 
-    def _is_paid(self, study: str, round: int) -> bool:
-        reserved = ((b["study"], b["round"]) for b in self._unsettled.values())
-        return (study, round) in self._rounds or (study, round) in reserved
+    def steps_paid(self, study: str, round: int) -> int:
+        """The most steps that one reservation of a round paid for: those charged, or all where it is unsettled."""
+        place = (study, round)
+        waiting = [_steps(b) for b in self._unsettled.values() if (b["study"], b["round"]) == place]
+        return max([self._steps.get(place, 0), *waiting])
 
     def _refuse_settling(self, body: Mapping[str, Any]) -> None:
         kind, reserved = body["kind"], self._unsettled.get(body["reserve"])
         if reserved is None or reserved["study"] != body["study"]:
             raise _state(f"{kind}: record {body['reserve']} is no open reservation of this study", body)
+        if kind == "void" and (reserved["study"], reserved["round"]) in self._released:
+            raise _state("void: an update of that round was released", body)
         if kind == "charge":
             limits = [event.steps for event in events_of(reserved)]
             if len(body["steps"]) != len(limits):
@@ -184,9 +190,12 @@ class History:
                 reserved = self._unsettled.pop(body["reserve"])
                 done = zip(events_of(reserved), body["steps"], strict=True)
                 self._charged += [(study, event.with_steps(steps)) for event, steps in done]
-                self._rounds.add((study, reserved["round"]))
+                place = (study, reserved["round"])
+                self._steps[place] = max(self._steps.get(place, 0), sum(body["steps"]))
                 if failed_checks(body["checks"]):
                     self._unproven.add(study)
+            case "release":
+                self._released.add((study, body["round"]))
             case "anchor":
                 self.peers |= {key: (seq, head) for key, (seq, head) in body["heads"].items()}
             case "rotate":
@@ -268,6 +277,10 @@ def _refuse_strange_tail(tail: bytes, where: str) -> None:
             torn = False  # a whole record whose newline was altered: it may have been acknowledged
     if not torn:
         raise PrivacyError("LEDGER_CORRUPT", "the last line is damaged", where)
+
+
+def _steps(reserve: Mapping[str, Any]) -> int:
+    return sum(event["steps"] for event in reserve["events"])
 
 
 def _state(what: str, body: Mapping[str, Any]) -> PrivacyError:

@@ -253,7 +253,7 @@ _COMMON: dict[str, Callable[[Any], bool]] = {
     "v": lambda value: type(value) is int and value == FORMAT,
     "seq": _whole(1),
     "prev": _HASH,
-    "time": _pattern(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"),
+    "time": _pattern("[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"),
     "hospital": _NAME,
     "study": _HASH,
     "kind": lambda value: True,
