@@ -144,6 +144,7 @@ def test_a_release_needs_to_be_paid_and_a_key_epoch_a_later_one(path):
         refused("LEDGER_STATE", ledger.release, STUDY, round=1, **update)
         seq = ledger.reserve(STUDY, 1, [EVENT])
         ledger.release(STUDY, round=1, **update)  # after a crash the reservation is spent in full
+        refused("LEDGER_STATE", ledger.void, seq, "what was released cannot be taken back")
         ledger.charge(seq, 30, **PROOF)
         ledger.release(STUDY, round=1, **update)
         refused("LEDGER_STATE", ledger.release, STUDY, round=2, **update)
