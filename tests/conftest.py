@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def tiny_study(sites: int = 4, **sections):
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
     return from_dict(values)
+
+
+@pytest.fixture(autouse=True)
+def _human_output():
+    """A test that ran a command with ``--format json`` in this process leaves nothing to the next one."""
+    yield
+    if output := sys.modules.get("fedmedgan.cli.output"):
+        output.use_format("human")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import pytest
 from test_cycle import collect, hospitals, open_round
 from typer.testing import CliRunner
 
-from fedmedgan.cli import output
 from fedmedgan.cli.main import app
 from fedmedgan.client import joining
 from fedmedgan.client.cycle import Hospital
@@ -201,9 +200,7 @@ def test_a_second_ledger_on_the_same_patients_needs_the_data_owner_and_shares_on
 
 
 def run(arguments: list[str]) -> str:
-    output.use_format("human")
     done = CliRunner().invoke(app, ["--format", "json", *arguments], catch_exceptions=False)
-    output.use_format("human")
     assert done.exit_code == 0, done.output
     return done.stdout
 
