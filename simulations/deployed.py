@@ -18,7 +18,6 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.secure_sum.key_file import PASSPHRASE_VARIABLE
 from fedmedgan.shared.study import Study, load
 from fedmedgan.simulations import phantoms
+from fedmedgan.simulations.ports import free_ports
 
 SHORT_STUDY = Path(__file__).with_name("short_study.toml")
 COMMAND_SECONDS = 300.0
@@ -69,7 +69,8 @@ class Deployed:
         self.study: Study = load(study)
         self.server: subprocess.Popen[bytes] | None = None
         self.sites: dict[str, subprocess.Popen[bytes]] = {}
-        self.runtime_ports = {site.name: free_port() for site in self.study.sites}
+        self.port, *ports = free_ports(1 + len(self.study.sites))
+        self.runtime_ports = dict(zip((site.name for site in self.study.sites), ports, strict=True))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.iterdir()):
@@ -93,16 +94,18 @@ class Deployed:
     def agreed(self) -> Path:
         return self.folder / "post" / "study.json"
 
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
     # ---- before the study
 
     def prepare(self) -> None:
         """Kits, homes, keys, the study, and everybody's signature under it: what people do before anything runs."""
         names, post = [site.name for site in self.study.sites], self.folder / "post"
-        port = free_port()
         consortium = Consortium.model_validate(
             {
                 "name": self.study.name,
-                "coordinator": {"host": "127.0.0.1", "port": port, "superlink_port": port},
+                "coordinator": {"host": "127.0.0.1", "port": self.port, "superlink_port": self.port},
                 "hospitals": tuple({"name": name} for name in names),
             }
         )
@@ -159,18 +162,31 @@ class Deployed:
         self.wait(seconds)
 
     def wait(self, seconds: float) -> None:
-        """Wait for the server to end, and tell what happens meanwhile. Raises RunError RUN_FLOWER, RUN_TIMEOUT."""
+        """Wait for the server to end, and tell what happens meanwhile.
+
+        Raises:
+            RunError: RUN_FLOWER, the server failed, or a hospital's process ended by itself; RUN_TIMEOUT.
+        """
         assert self.server is not None
         deadline, seen = time.monotonic() + seconds, 0
+        told = dict.fromkeys(self.sites, 0)
         while self.server.poll() is None:
             for offset, event in coordinator.events(self.coordinator, seen):
                 seen = offset
                 self.say(f"coordinator: {_line(event)}")
+            for name, process in self.sites.items():
+                lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+                for line in lines[told[name] :]:
+                    self.say(f"    {line}")
+                told[name] = len(lines)
+                if process.poll() is not None:
+                    what = f"{name}'s process ended: {processes.last_error(self._log(name))}"
+                    raise RunError("RUN_FLOWER", what, str(self._log(name)))
             if time.monotonic() > deadline:
                 raise RunError("RUN_TIMEOUT", f"the study has not ended after {seconds:g} s", str(self.folder))
             time.sleep(0.5)
         if self.server.returncode != 0:
-            log = self.folder / "logs" / "coordinator.log"
+            log = self._log("coordinator")
             raise RunError("RUN_FLOWER", f"the server ended: {processes.last_error(log)}", str(log))
 
     def stop(self) -> None:
@@ -208,7 +224,7 @@ class Deployed:
     ) -> subprocess.Popen[bytes]:
         command = _command(arguments)
         self.say(f"$ {_shown(command, self.folder)} &")
-        with (self.folder / "logs" / f"{name}.log").open("ab") as log:
+        with self._log(name).open("ab") as log:
             return subprocess.Popen(
                 command,
                 env={"OMP_NUM_THREADS": "1", **os.environ, **environment},  # several hospitals share this machine
@@ -226,13 +242,6 @@ class Deployed:
 
     def _sealed(self, name: str) -> dict[str, str]:
         return {PASSPHRASE_VARIABLE: str(self.folder / "hospitals" / f"{name}.passphrase")}
-
-
-def free_port() -> int:
-    """A loopback port that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _command(arguments: Sequence[str | Path]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -15,12 +14,7 @@ from typing import Any
 from fedmedgan.deploy import certificates, kits
 from fedmedgan.deploy.environment import BIN, environment
 from fedmedgan.deploy.kit_config import Consortium
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from fedmedgan.simulations.ports import free_port
 
 
 def make_kits(folder: Path, *names: str, port: int, superlink_port: int) -> Path:

@@ -37,7 +37,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("consortium") / "run"
     command = [FEDMEDGAN, "--format", "json", "consortium", "--out", str(folder), "--seconds", str(SECONDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 600)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder, json.loads(done.stdout)["data"]
 
 

@@ -60,6 +60,7 @@ from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.history import read
 from fedmedgan.shared.secure_sum import keys
 from fedmedgan.simulations.phantoms import vendor_for, write_hospital
+from fedmedgan.simulations.ports import free_port
 
 BIN = Path(sys.executable).parent
 SITE = "site-0"
@@ -121,12 +122,6 @@ class Authority:
 def write_key(path: Path, key: ec.EllipticCurvePrivateKey, format: PrivateFormat = PrivateFormat.PKCS8) -> None:
     path.write_bytes(key.private_bytes(Encoding.PEM, format, NoEncryption()))
     path.chmod(0o600)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def make_kits(out: Path, host: str, port: int) -> Path:

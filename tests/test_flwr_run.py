@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,12 @@ import psutil
 import pytest
 from test_simulate import write_study
 
+from fedmedgan.simulations.ports import free_port
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -35,7 +30,7 @@ def flower(tmp_path, ray_folder):
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "FLWR_HOME": str(home),
         "RAY_TMPDIR": ray_folder,
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
     }

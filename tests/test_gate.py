@@ -19,12 +19,13 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp.client_app import LoadClientAppError
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supernode.runtime import run_clientapp
-from real_flower import Flower, free_port, make_kits, until
+from real_flower import Flower, make_kits, until
 
 from fedmedgan.deploy import gate
 from fedmedgan.deploy.environment import environment
 from fedmedgan.shared import bundle
 from fedmedgan.shared.errors import RunError
+from fedmedgan.simulations.ports import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own
 

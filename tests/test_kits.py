@@ -21,13 +21,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from real_flower import Flower, free_port, make_kits, until
+from real_flower import Flower, make_kits, until
 
 from fedmedgan.deploy import certificates, kit_config, kits
 from fedmedgan.deploy.environment import OFF_SWITCHES
 from fedmedgan.deploy.kit_config import Consortium
 from fedmedgan.deploy.site_config import SiteConfig
 from fedmedgan.shared.errors import RunError
+from fedmedgan.simulations.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("north", "south", "west")

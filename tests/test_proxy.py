@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from real_flower import free_port, make_kits
+from real_flower import make_kits
+
+from fedmedgan.simulations.ports import free_port
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MESSAGE = b"x" * 40_000

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from real_flower import free_port, make_kits, until
+from real_flower import make_kits, until
 
 from fedmedgan.deploy import kits, processes, superlink
 from fedmedgan.deploy.environment import BIN
 from fedmedgan.deploy.kit_config import COORDINATOR_TOML, load
 from fedmedgan.deploy.superlink import Superlink
 from fedmedgan.shared.errors import RunError
+from fedmedgan.simulations.ports import free_port
 
 DIED = "No heartbeat received from the task"
 

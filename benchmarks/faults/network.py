@@ -35,7 +35,7 @@ from fedmedgan.server.journal import Journal
 from fedmedgan.shared.secure_sum.quantize import plan_for
 from fedmedgan.shared.study import Study, from_dict
 from fedmedgan.simulations import consortium
-from fedmedgan.simulations.deployed import free_port
+from fedmedgan.simulations.ports import free_port
 
 NAME = "network"
 ROUNDS = 100
