@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedmedgan.shared.errors import StudyError
 
@@ -56,26 +56,48 @@ class Site(_Part):
 class Images(_Part):
     """What an image is, and which files of a folder are taken."""
 
-    size: Literal[28, 32, 64, 128] = 64
+    size: Literal[28, 32, 64, 128, 256] = 64
     """Side in pixels; images are square, one channel."""
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=20)] = ("clear", "opacity")
     modalities: Annotated[tuple[str, ...], Field(min_length=1)] = ("CR", "DX")
     """DICOM Modality (0008,0060) values that are taken."""
+    paired: bool = False
+    """Whether each image has a target image: column `target` of labels.csv. For segmentation and paired translation."""
 
 
 class Gan(_Part):
     """The networks."""
 
-    recipe: Literal["cdcgan"] = "cdcgan"
+    recipe: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}$")] = "cdcgan"
+    """A file of the hospitals' installed package: docs/recipes.md."""
+    private: Literal["discriminator", "both"] = "discriminator"
+    """Networks whose training reads patients, as the recipe declares them. Steps of each are charged."""
+    task: Literal["", "denoise", "super-resolution-2", "super-resolution-4", "k-space", "paired"] = ""
+    """What an image-to-image recipe learns; empty for all others."""
     latent: Annotated[int, Field(ge=2, le=1024)] = 64
     """Length of the latent vector."""
     generator_width: Annotated[int, Field(ge=4, le=256)] = 16
     """Channels of the generator's finest layer; doubled by each coarser one."""
     discriminator_width: Annotated[int, Field(ge=4, le=256)] = 8
     """Channels of the discriminator's first layer; doubled by each further one. Noise grows with its weights."""
-    norm: Literal["group", "none"] = "group"
+    norm: Literal["group", "instance", "none", "batch"] = "group"
+    """Normalisation of the discriminator. "batch" mixes patients: without privacy only."""
+    generator_norm: Literal["group", "instance", "none", "batch"] = "group"
+    """Normalisation of the generator. "batch" is safe where the generator sees no patient."""
+    attention: bool = False
+    """Self-attention at the 8 x 8 grid (SAGAN, Zhang et al. 2019)."""
+    weight_norm: bool = False
+    """Weight normalisation of the discriminator (Salimans and Kingma 2016)."""
+    minibatch_stddev: bool = False
+    """Minibatch standard deviation (Karras et al. 2018): mixes patients, without privacy only."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per round of the generator's moving average, which is what is released; 0: the last generator."""
     init_seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of the initial weights, which are public: every site starts from the same ones."""
+    pretrained: HexKey = ""
+    """SHA-256 of a file of initial weights that were trained on public images: `fedmedgan pretrain`."""
+    pretrained_on: Annotated[str, Field(max_length=200)] = ""
+    """Which public images, in words."""
 
 
 class Training(_Part):
@@ -88,15 +110,45 @@ class Training(_Part):
     """Expected patients in one Poisson batch; also the fixed number of fakes, and what sums are divided by."""
     discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 5
     """Discriminator steps for each generator step."""
+    adaptive: bool = False
+    """Raise `discriminator_steps` once the discriminator no longer tells fakes (Bie et al. 2023); reads fakes only."""
     discriminator_lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
     generator_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    real_label: Annotated[float, Field(ge=0.5, le=1)] = 1.0
+    """One-sided label smoothing (Salimans et al. 2016): what the discriminator is to say of a real image."""
+    views: Annotated[int, Field(ge=1, le=16)] = 1
+    """Augmentation multiplicity (De et al. 2022): gradients of so many shifted copies are averaged, then clipped."""
+    replay: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Share of a step's fakes that earlier generators of the round made. Never where fakes are made of patients."""
+    fake_penalty: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of the gradient penalty on generated images alone: no patient is in it, so it is not clipped."""
+    spectral_projection: bool = False
+    """After a step, divide each weight matrix of the discriminator by its largest singular value if that exceeds 1."""
+
+
+class Aggregation(_Part):
+    """What is shared, and what hospitals do with the mean of their updates, each by itself and all the same."""
+
+    share: Literal["both", "generator"] = "both"
+    """With "generator", each discriminator stays at its hospital, and half the bytes are sent."""
+    optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
+    """Outer optimiser: McMahan et al. 2017; Hsu et al. 2019; Reddi et al. 2021."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of fedavgm and fedadam."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Of fedadam."""
+    adaptivity: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Of fedadam: tau, added to the root of the second moment."""
 
 
 class Privacy(_Part):
-    """The promise to every patient of every site, over ALL rounds."""
+    """The promise to every patient of every site, over ALL rounds. In short, `privacy = "none"` for no promise."""
 
+    unit: Literal["patient", "none"] = "patient"
+    """Whom differential privacy protects. "none": nobody; for public images in simulations, no hospital grants it."""
     epsilon: Annotated[float, Field(ge=0.01, le=100)] = 8.0
     delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
@@ -135,9 +187,37 @@ class Study(_Part):
     images: Images = Images()
     gan: Gan = Gan()
     training: Training = Training()
+    aggregation: Aggregation = Aggregation()
     privacy: Privacy = Privacy()
     secure_sum: SecureSum = SecureSum()
     convergence: Convergence = Convergence()
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _in_short(cls, value: Any) -> Any:
+        return {"unit": "none"} if value == "none" else value
+
+    @model_validator(mode="after")
+    def _recipe_is_private(self) -> Study:
+        """What is known of a recipe without reading it; its own file is probed by whoever has it installed."""
+        gan, t = self.gan, self.training
+        both = gan.private == "both"
+        if self.is_private:
+            mixing = {"gan.norm": gan.norm == "batch", "gan.minibatch_stddev": gan.minibatch_stddev}
+            mixing["gan.generator_norm"] = both and gan.generator_norm == "batch"
+            if where := [key for key, mixes in mixing.items() if mixes]:
+                what = "the layer mixes the patients of a batch, so one patient's part cannot be bounded"
+                raise StudyError("PRIVACY_MODEL", what, where[0], hint='choose another, or set privacy = "none"')
+            if both and t.replay:
+                what = "fakes are made of patients: replayed ones would use patients who were not sampled"
+                raise StudyError("PRIVACY_MODEL", what, "training.replay", hint='set it to 0, or privacy = "none"')
+            if both and (t.adaptive or t.local_steps % t.discriminator_steps):
+                what = "steps of the generator are charged, so their number in a round must be fixed"
+                hint = "make local_steps a multiple of discriminator_steps, and adaptive false"
+                raise StudyError("CONFIG_RANGE", what, "training.discriminator_steps", hint=hint)
+        if both and (t.fake_penalty or t.adaptive or t.replay):
+            raise StudyError("CONFIG_RANGE", "needs a generator that is not private", "gan.private")
+        return self
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Study:
@@ -197,9 +277,20 @@ class Study(_Part):
         return self.training.patients_per_step / site.patients
 
     @property
+    def is_private(self) -> bool:
+        """Whether patients are promised anything."""
+        return self.privacy.unit != "none"
+
+    @property
+    def steps_per_round(self) -> int:
+        """Private steps of one site in one round, each with a Poisson batch of its own: what is charged."""
+        t = self.training
+        return t.local_steps + (t.local_steps // t.discriminator_steps if self.gan.private == "both" else 0)
+
+    @property
     def total_steps(self) -> int:
         """Private steps of one site over all rounds."""
-        return self.training.rounds * self.training.local_steps
+        return self.training.rounds * self.steps_per_round
 
 
 def load(path: Path) -> Study:

@@ -75,7 +75,7 @@ BAD = {
     "site name with a newline": ('[[sites]]\nname = "a\\nb"\npatients = 99\n', "STUDY_ROSTER"),
     "same site twice": ('[[sites]]\nname = "north"\npatients = 99\n', "STUDY_ROSTER"),
     "site without patients": ('[[sites]]\nname = "x"\n', "CONFIG_MISSING_KEY"),
-    "no BatchNorm": ('[gan]\nnorm = "batch"\n', "CONFIG_RANGE"),
+    "no BatchNorm": ('[gan]\nnorm = "batch"\n', "PRIVACY_MODEL"),
 }
 
 
