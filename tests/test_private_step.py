@@ -27,6 +27,10 @@ class NoNoise:
         return torch.zeros(shape, dtype=torch.float64)
 
 
+def losses(network: nn.Module, images, labels, is_real) -> torch.Tensor:
+    return functional.binary_cross_entropy_with_logits(network(images, labels), is_real, reduction="none")
+
+
 def clipped_sum(network: nn.Module, images, labels, is_real, *, clip_norm: float = C, random=None) -> torch.Tensor:
     """What one step on a copy of `network` adds up, times the divisor: one flat vector."""
     network = copy.deepcopy(network)
@@ -39,7 +43,7 @@ def clipped_sum(network: nn.Module, images, labels, is_real, *, clip_norm: float
         divisor=1,
         random=random or NoNoise(),
     )
-    step.step(lambda net: cdcgan.discriminator_losses(net(images, labels), is_real))
+    step.step(losses, [images, labels, is_real])
     step.close()
     return before - nn.utils.parameters_to_vector(network.parameters()).detach().double()
 
@@ -63,7 +67,9 @@ def batch(n: int, size: int = 28, seed: int = 0):
 
 
 def discriminator(size: int = 28, norm: str = "group", scale: float = 4.0) -> nn.Module:
-    network = cdcgan.build(Images(size=size), Gan(discriminator_width=4, norm=norm))[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = cdcgan.Discriminator(Images(size=size), Gan(discriminator_width=4, norm=norm))
     with torch.no_grad():  # larger weights, larger gradients: some rows are clipped, some are not
         for p in network.parameters():
             p.mul_(scale)
@@ -175,7 +181,7 @@ def test_noise_has_the_promised_standard_deviation_also_for_an_empty_batch():
         divisor=10,
         random=SystemRandom(),
     )
-    step.step(lambda net: cdcgan.discriminator_losses(net(images, labels), is_real))
+    step.step(losses, [images, labels, is_real])
     noise = before - nn.utils.parameters_to_vector(network.parameters()).detach().double()
     expected = sigma * C / 10
     # the standard error of a standard deviation is std / sqrt(2 n); five of them are allowed
@@ -200,5 +206,5 @@ def test_a_frozen_network_gets_no_gradients_and_learns_again_afterwards():
     assert leaf.grad is not None
     assert all(p.grad is None and getattr(p, "grad_sample", None) is None for p in network.parameters())
     before = nn.utils.parameters_to_vector(network.parameters()).detach().clone()
-    step.step(lambda net: cdcgan.discriminator_losses(net(rows[0], rows[1]), rows[2]))
+    step.step(losses, rows)
     assert not torch.equal(before, nn.utils.parameters_to_vector(network.parameters()))

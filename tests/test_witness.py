@@ -12,7 +12,6 @@ import torch
 from conftest import tiny_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opacus.optimizers import DPOptimizer
 from scipy.special import binom
 from test_local_round import patients
 from torch import nn
@@ -24,6 +23,7 @@ from fedmedgan.client.training.local_round import Batch, LocalTrainer, PatientSa
 from fedmedgan.client.training.noise_check import NoiseCheck
 from fedmedgan.client.training.private_step import PrivateStep, _NoisyOptimizer
 from fedmedgan.client.training.randomness import InsecureRandom, SystemRandom
+from fedmedgan.client.training.row_gradients import RowGradients
 from fedmedgan.client.training.sampling_check import SamplingCheck, binomial_p, dispersion_p
 from fedmedgan.client.training.witness import NoWitness, Witness
 from fedmedgan.shared.privacy.records import failed_checks
@@ -250,24 +250,32 @@ def test_a_seed_that_every_round_sets_again_fails_if_the_witness_goes_on():
 # faults of the clipping
 
 
-original = DPOptimizer.clip_and_accumulate
+original = RowGradients.clipped
 
 
-def unclipped(self):
-    for p in self.params:
-        p.summed_grad = p.grad_sample.sum(0)
+def unclipped(self, factors_N):
+    return original(self, torch.ones_like(factors_N))
 
 
-def mean_of_clipped(self):
-    original(self)
-    for p in self.params:
-        p.summed_grad = p.summed_grad / max(1, len(p.grad_sample))
+def mean_of_clipped(self, factors_N):
+    return [g / max(1, self.records) for g in original(self, factors_N)]
 
 
-@pytest.mark.parametrize("fault", [unclipped, mean_of_clipped])
-def test_a_wrong_clip_inside_opacus_fails(fault, monkeypatch):
-    monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", fault)
+def one_layer_unclipped(self, factors_N):
+    return [*original(self, factors_N)[:-1], original(self, torch.ones_like(factors_N))[-1]]
+
+
+@pytest.mark.parametrize("fault", [unclipped, mean_of_clipped, one_layer_unclipped])
+def test_a_wrong_clip_fails(fault, monkeypatch):
+    monkeypatch.setattr(RowGradients, "clipped", fault)
     assert after(trainer(), 2)["clipping"] == "failed"
+
+
+def test_norms_that_are_too_small_fail(monkeypatch):
+    """The sum is then right for the norms that were given, and more than C."""
+    norms_PN = RowGradients.norms_PN
+    monkeypatch.setattr(RowGradients, "norms_PN", lambda self: norms_PN(self) * 0.99)
+    assert after(trainer(), 1)["clipping"] == "failed"
 
 
 @pytest.mark.parametrize("factor", [2.0, 1.001, 0.5])
@@ -284,7 +292,7 @@ def test_a_step_of_no_rows_is_a_sum_of_zeros():
     options = {"noise_multiplier": 1.0, "clip_norm": 1.0, "divisor": 2, "random": SystemRandom(), "witness": witness}
     step = PrivateStep(network, sgd, **options)
     witness.saw_draw(torch.empty(0, dtype=torch.int64))
-    step.step(lambda net: net(torch.empty(0, 1, 28, 28)).squeeze(1))
+    step.step(lambda net, images: net(images).squeeze(1), [torch.empty(0, 1, 28, 28)])
     assert witness.verdicts()["clipping"] == "passed"
 
 
@@ -293,7 +301,7 @@ def test_a_step_that_goes_round_the_witness_fails_everything(monkeypatch):
     one = trainer()
     one.step.optimizer.step_hook = None
     assert after(one, 2) == every
-    monkeypatch.setattr(_NoisyOptimizer, "clip_and_accumulate", original)
+    monkeypatch.setattr(Witness, "saw_rows", NoWitness.saw_rows)
     assert after(trainer(), 2) == every
 
 
@@ -309,11 +317,7 @@ def test_hostile_images_are_clipped_or_counted_as_zero(pixel):
 
 
 def test_hostile_images_that_are_not_counted_as_zero_fail(monkeypatch):
-    def trusting(self):
-        self.witness.saw_rows(self.grad_samples, torch.stack([g.flatten(1).norm(dim=1) for g in self.grad_samples]))
-        original(self)
-
-    monkeypatch.setattr(_NoisyOptimizer, "clip_and_accumulate", trusting)
+    monkeypatch.setattr(RowGradients, "forget", lambda self, records_N: None)
     one = hostile(trainer(), float("nan"), every=1)
     one._probe()
     one._discriminator_step()
@@ -345,7 +349,7 @@ class MixingALittle(cdcgan.Discriminator):
 
 
 class Reflecting(cdcgan.Discriminator):
-    """Opacus differentiates this wrongly, without a word."""
+    """Opacus differentiates this wrongly, without a word; the type is another, so book-keeping leaves it to Opacus."""
 
     def __init__(self, images, gan):
         super().__init__(images, gan)

@@ -177,7 +177,7 @@ class LocalTrainer:
         is_real = (torch.arange(len(images), device=self.device) < n_real).float()
 
         if self.step is not None:
-            losses = self.step.step(lambda network: _row_losses(network, images, labels, is_real))
+            losses = self.step.step(_row_losses, [images, labels, is_real])
         else:
             losses = _row_losses(self.discriminator, images, labels, is_real)
             self.adam_d.zero_grad(set_to_none=True)

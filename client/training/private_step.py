@@ -1,40 +1,53 @@
-"""One differentially private step on the network that sees patients (DP-SGD, Abadi et al. 2016), through Opacus.
+"""One differentially private step on a network that sees patients (DP-SGD, Abadi et al. 2016).
 
-Each row of a batch is clipped by itself to L2 norm C, the rows are summed, Gaussian noise of standard deviation
-sigma * C is added, and the result is divided by a public constant. A patient is in at most one row, so with or
-without that patient the clipped sum moves by at most C.
+The gradient of each record (one patient's data in this step) is clipped as a whole to L2 norm C, records are summed,
+Gaussian noise of standard deviation sigma * C is added, and the result is divided by a public constant. A patient is in
+at most one record, so with or without that patient the clipped sum moves by at most C.
 
-    case                                result
-    no patient was sampled              only fakes are summed; noise is added, the step is charged
-    a row's gradient is NaN or infinite that row counts as zero (decided from that row alone)
-    a row's norm is exactly zero        it stays zero
-    network mixes rows (BatchNorm, ...) refused before any patient is read: `refuse_unsafe`
-    gradients of an earlier batch left  Opacus raises: nothing is ever accumulated over two batches
+Records are taken in chunks that fit the processor's cache; clipping is by record, so chunks change nothing.
+
+    case                                   result
+    no patient was sampled                 nothing is differentiated; noise is added, the step is charged
+    a record's gradient is NaN or infinite that record counts as zero (decided from that record alone)
+    a record's norm is exactly zero        it stays zero
+    network mixes rows (BatchNorm, ...)    refused before any patient is read: `refuse_unsafe`
+    an earlier step ended in an error      what it had summed is thrown away: nothing is added up over two steps
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import DPOptimizerFastGradientClipping
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
+from fedmedgan.client.training.book_keeping import BookKeeping, supports
 from fedmedgan.client.training.randomness import RandomSource, round_to_grid
+from fedmedgan.client.training.row_gradients import (
+    Functional,
+    GradientMethod,
+    Hooks,
+    RowGradients,
+    RowLosses,
+    images_need_no_gradient,
+)
 from fedmedgan.client.training.witness import LOUD, NoWitness, ProbePass
 from fedmedgan.shared.errors import ModelError, PrivacyError
 
 CLIP_MARGIN = 1e-5
-"""Rows are clipped to C (1 - margin): float32 overshoots by up to 1.4e-6 (measured), the noise is for C in full."""
+"""Records are clipped to C (1 - margin): float32 overshoots by up to 1.4e-6 (measured), the noise is for C in full."""
+CHUNK_BYTES = 8 << 20
+
+METHODS: dict[str, type[GradientMethod]] = {m.name: m for m in (Hooks, BookKeeping, Functional)}
+Method = Literal["auto", "hooks", "book-keeping", "functional"]
 
 
-class _NoisyOptimizer(DPOptimizer):
-    """Opacus' optimiser with noise from our own random source, added in float64, and before a witness."""
+class _NoisyOptimizer(DPOptimizerFastGradientClipping):
+    """Opacus' optimiser for gradients that are clipped before it: with our clipping, noise, and a witness."""
 
     def __init__(
         self,
@@ -49,15 +62,21 @@ class _NoisyOptimizer(DPOptimizer):
         self.random, self.noise_std, self.witness = random, options["noise_multiplier"] * clip_norm, witness
         self.attach_step_hook(self._show)
 
-    def clip_and_accumulate(self) -> None:
-        gradients = self.grad_samples
-        norms_PN = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
-        self.witness.saw_rows(gradients, norms_PN)
+    def clip_and_add(self, rows: RowGradients) -> None:
+        """Clip each record of one chunk and add it to the sum of the step."""
+        norms_PN = rows.norms_PN()
+        self.witness.saw_rows(rows, norms_PN)
+        norms_N = norms_PN.norm(dim=0)
+        factors_N = (self.max_grad_norm / (norms_N + 1e-6)).clamp(max=1.0)
         finite_N = norms_PN.isfinite().all(0)  # not where any value is NaN or infinite
         if not finite_N.all():
-            for gradient in gradients:
-                gradient[~finite_N] = 0
-        super().clip_and_accumulate()
+            rows.forget(~finite_N)
+            factors_N[~finite_N] = 0
+        for p, clipped in zip(self.params, rows.clipped(factors_N), strict=True):
+            p.summed_grad = clipped if p.summed_grad is None else p.summed_grad.add_(clipped)
+
+    def accumulate(self) -> None:
+        """Nothing: `clip_and_add` has summed, and what lies in ``p.grad`` is of no interest."""
 
     def add_noise(self) -> None:
         for p in self.params:
@@ -73,18 +92,25 @@ class _NoisyOptimizer(DPOptimizer):
 
 
 class PrivateStep:
-    """DP-SGD with Adam on one network.
+    """DP-SGD with Adam on one network, or on several in one module.
 
     Args:
-        network: is trained in place; every forward between `step` calls must go through `rows`.
+        network: is trained in place. Between calls it is a plain module.
+        optimizer: over the weights that are trained and clipped together.
         noise_multiplier: sigma, noise standard deviation over `clip_norm`.
         clip_norm: C, in gradient units.
-        divisor: the clipped, noised sum is divided by this PUBLIC number of rows.
+        divisor: the clipped, noised sum is divided by this PUBLIC number of records.
         random: where the noise comes from.
         witness: looks at the tensors of every step; None: nobody does.
+        method: how gradients of records are made, `row_gradients`. "auto" is book-keeping where all layers allow it,
+            else Opacus' hooks. Losses with a gradient inside need "functional".
+
+    Attributes:
+        method: what was chosen.
 
     Raises:
-        PrivacyError: PRIVACY_MODEL, the network mixes rows or Opacus cannot differentiate it row by row.
+        PrivacyError: PRIVACY_MODEL, the network mixes rows or cannot be differentiated row by row.
+        ModelError: MODEL_MISMATCH, nothing to train.
     """
 
     def __init__(
@@ -97,10 +123,10 @@ class PrivateStep:
         divisor: int,
         random: RandomSource,
         witness: NoWitness | None = None,
+        method: Method = "auto",
     ) -> None:
         refuse_unsafe(network)
-        self.module = GradSampleModule(network, loss_reduction="sum")
-        self.module.forbid_grad_accumulation()
+        self.network = network
         self.optimizer = _NoisyOptimizer(
             optimizer,
             random=random,
@@ -110,80 +136,82 @@ class PrivateStep:
             expected_batch_size=divisor,
             loss_reduction="mean",
         )
+        params = self.optimizer.params
+        book_keeping = supports(network, params)
+        if method == "book-keeping" and not book_keeping:
+            raise PrivacyError("PRIVACY_MODEL", "a layer is not known to book-keeping", type(network).__name__)
+        self.method: str = ("book-keeping" if book_keeping else "hooks") if method == "auto" else method
+        self._gradients = METHODS[self.method](network, params)
+        self._bytes = sum(p.numel() * p.element_size() for p in params)
 
-    def step(self, row_losses: Callable[[nn.Module], Tensor]) -> Tensor:
-        """One step on ``row_losses(network) -> (rows,)``. Returns the losses, detached; they are NOT private."""
-        losses = self._backward(row_losses)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses
-
-    def probe(self, row_losses: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        """Show the witness what rows do to each other and that they are clipped. Nothing is trained.
+    def step(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> Tensor:
+        """One step. Returns the losses, detached; they are NOT private.
 
         Args:
-            row_losses: ``(network, *inputs) -> (rows,)``, the same as in `step`.
-            inputs: (rows + 1, ...) each, of no patient. In a second pass the last row stands in for the first.
+            row_losses: ``(network, *inputs) -> (views * records,)``. Row ``v * records + i`` belongs to record i, in
+                the losses and in whatever enters a layer; all rows of a record are clipped together. It is called with
+                some of the records at a time.
+            inputs: (records, ...) each.
+
+        Raises:
+            PrivacyError: PRIVACY_MODEL, rows of a layer cannot be told apart by record.
+            ModelError: MODEL_MISMATCH, the losses are not one for each row.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        records, losses = len(inputs[0]), []
+        size = max(1, CHUNK_BYTES // self._bytes)
+        for start in range(0, max(1, records), size):
+            rows = self._gradients.backward(row_losses, [x[start : start + size] for x in inputs])
+            self.optimizer.clip_and_add(rows)
+            losses.append(rows.losses.view(-1, rows.records) if rows.records else rows.losses[None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.cat(losses, dim=1).flatten()
+
+    def probe(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> None:
+        """Show the witness what records do to each other and that they are clipped. Nothing is trained.
+
+        Args:
+            row_losses: the same as in `step`.
+            inputs: (records + 1, ...) each, of no patient. In a second pass the last one stands in for the first.
         """
 
-        def loud(network: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-            return row_losses(network, *rows) * LOUD
+        def loud(network: nn.Module, *records: Tensor) -> Tensor:
+            return row_losses(network, *records) * LOUD
 
-        rows = [x[:-1] for x in inputs]
-        first = self._probe_pass(lambda network: loud(network, rows))
-        other_rows = [torch.cat([x[-1:], x[1:-1]]) for x in inputs]
-        changed = self._probe_pass(lambda network: loud(network, other_rows))
-        self.module.disable_hooks()
-        with _images_need_no_gradient():
-            row_1 = torch.autograd.grad(loud(self.module, rows)[1], self.optimizer.params)
-        self.module.enable_hooks()
+        records = [x[:-1] for x in inputs]
+        first = self._probe_pass(loud, records)
+        changed = self._probe_pass(loud, [torch.cat([x[-1:], x[1:-1]]) for x in inputs])
+        losses = loud(self.network, *records).view(-1, len(records[0]))
+        with images_need_no_gradient():
+            row_1 = torch.autograd.grad(losses[:, 1].sum(), self.optimizer.params, materialize_grads=True)
         self.optimizer.witness.saw_probe(first, changed, torch.cat([g.flatten() for g in row_1]))
 
-    def _probe_pass(self, row_losses: Callable[[nn.Module], Tensor]) -> ProbePass:
-        losses = self._backward(row_losses)
-        gradients_ND = torch.cat([g.flatten(1) for g in self.optimizer.grad_samples], dim=1)
-        self.optimizer.clip_and_accumulate()
+    def _probe_pass(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> ProbePass:
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = self._gradients.backward(row_losses, inputs)
+        gradients_ND = torch.cat([rows.values(i) for i in range(len(rows.parts))], dim=1)
+        norms_N = rows.norms_PN().norm(dim=0)
+        self.optimizer.clip_and_add(rows)
         clipped = [p.summed_grad for p in self.optimizer.params]
         self.optimizer.zero_grad(set_to_none=True)
-        return ProbePass(losses, gradients_ND, clipped)
+        return ProbePass(rows.losses.view(-1, rows.records).T, gradients_ND, norms_N, clipped)
 
-    def _backward(self, row_losses: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Leaves the gradient of each row at the weights; returns the losses, detached."""
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = row_losses(self.module)
-        with _images_need_no_gradient():
-            losses.sum().backward()
-        return losses.detach()
-
-    def frozen(self) -> _Frozen:
-        """Context in which the network is used but not trained: no hooks, no gradients for its weights."""
-        return _Frozen(self.module)
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """Context in which the network is used but not trained: no gradients for its weights."""
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield self.network
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
     def close(self) -> None:
-        """Take the hooks off the network again."""
-        self.module.to_standard_module()
-
-
-@contextmanager
-def _images_need_no_gradient() -> Iterator[None]:
-    """Which is how it should be, and what torch warns of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        yield
-
-
-class _Frozen:
-    def __init__(self, module: GradSampleModule) -> None:
-        self.module = module
-
-    def __enter__(self) -> nn.Module:
-        self.module.disable_hooks()
-        self.module.requires_grad_(False)
-        return self.module
-
-    def __exit__(self, *_: object) -> None:
-        self.module.requires_grad_(True)
-        self.module.enable_hooks()
+        """Take everything off the network again."""
+        self._gradients.close()
 
 
 def refuse_unsafe(network: nn.Module) -> None:

@@ -21,7 +21,6 @@ random and never repeats.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fedmedgan.client.training.noise_check import NoiseCheck
+from fedmedgan.client.training.row_gradients import RowGradients
 from fedmedgan.client.training.sampling_check import SamplingCheck
 from fedmedgan.shared.privacy.records import CHECKS
 
@@ -53,8 +53,11 @@ OWN_GRADIENT_TOLERANCE = 1e-2
 class ProbePass:
     """What one pass of random rows gave."""
 
-    losses_N: Tensor
+    losses_NV: Tensor
+    """Of each record's rows."""
     gradients_ND: Tensor
+    norms_N: Tensor
+    """As they are clipped by."""
     clipped: Sequence[Tensor]
     """The clipped sum, one tensor for each weight tensor."""
 
@@ -67,14 +70,21 @@ class NoWitness:
     def saw_draw(self, patients_B: Tensor) -> None:
         """Who was drawn for the step that begins, as places in the sampler; private."""
 
-    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Tensor) -> None:
-        """Each row's gradient as the backward pass left it, (N, ...) for each weight tensor, and the norms of those."""
+    def saw_rows(self, rows: RowGradients, norms_PN: Tensor) -> None:
+        """Records of one chunk of the step: their gradients as the backward pass left them, and the norms of those."""
 
     def saw_step(self, clipped: Sequence[Tensor], gradients: Sequence[Tensor], divisor: int) -> None:
         """The clipped sum of those rows, and the gradients that the optimiser gets: noised, over `divisor`."""
 
     def saw_probe(self, first: ProbePass, changed: ProbePass, row_1_D: Tensor) -> None:
         """Two passes that differ in row 0 alone, and the gradient of row 1's loss in the first by plain autograd."""
+
+    def saw_mixed_inputs(self) -> None:
+        """What a recipe made of one record, before any network, changed with another record."""
+
+    def rows_apart(self) -> bool:
+        """Whether no probe that was shown found records that depend on each other."""
+        return True
 
     def verdicts(self) -> dict[str, str]:
         """The answer to each of CHECKS."""
@@ -95,6 +105,7 @@ class Witness(NoWitness):
         sampling_rate: q, as it is charged.
         fakes: rows of a step that are no patients; public.
         patients: how many the sampler draws from.
+        declared: how many the study says there are; public.
 
     =======================================  =====================================================================
     case                                     result
@@ -113,11 +124,18 @@ class Witness(NoWitness):
     watches = True
 
     def __init__(
-        self, *, noise_multiplier: float, clip_norm: float, sampling_rate: float, fakes: int, patients: int
+        self,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        sampling_rate: float,
+        fakes: int,
+        patients: int,
+        declared: int,
     ) -> None:
         self._noise_std, self._clip_norm, self._fakes = noise_multiplier * clip_norm, clip_norm, fakes
         self._noise = NoiseCheck()
-        self._sampling = SamplingCheck(patients=patients, declared=round(fakes / sampling_rate), rate=sampling_rate)
+        self._sampling = SamplingCheck(patients=patients, declared=declared, rate=sampling_rate)
         self._draws = self._steps = 0
         self._expected_rows = -1
         self._slices: _Slices | None = None
@@ -129,8 +147,10 @@ class Witness(NoWitness):
         self._expected_rows = len(patients_B) + self._fakes
         self._sampling.see(patients_B.numpy())
 
-    def saw_rows(self, gradients: Sequence[Tensor], norms_PN: Tensor) -> None:
-        self._slices = _Slices(gradients, norms_PN, self._clip_norm)
+    def saw_rows(self, rows: RowGradients, norms_PN: Tensor) -> None:
+        if self._slices is None:
+            self._slices = _Slices(rows.shapes, self._clip_norm)
+        self._slices.add(rows, norms_PN)
 
     def saw_step(self, clipped: Sequence[Tensor], gradients: Sequence[Tensor], divisor: int) -> None:
         self._steps += 1
@@ -150,14 +170,20 @@ class Witness(NoWitness):
         if self._slices is None:
             self._shown_in_full = False
             return
-        self._clipping_held &= self._slices.agree(changed.clipped)
+        self._clipping_held &= _clipped_in_full(changed, self._clip_norm)
         apart = (
-            _close(first.losses_N[1:, None], changed.losses_N[1:, None], OTHER_ROWS_TOLERANCE)
+            _close(first.losses_NV[1:], changed.losses_NV[1:], OTHER_ROWS_TOLERANCE)
             and _close(first.gradients_ND[1:], changed.gradients_ND[1:], OTHER_ROWS_TOLERANCE)
             and _close(row_1_D[None], first.gradients_ND[1:2], OWN_GRADIENT_TOLERANCE)
         )
         self._rows_apart = apart and self._rows_apart is not False
         self._slices = None
+
+    def saw_mixed_inputs(self) -> None:
+        self._rows_apart = False
+
+    def rows_apart(self) -> bool:
+        return self._rows_apart is not False and self._clipping_held
 
     def verdicts(self) -> dict[str, str]:
         if self._draws == self._steps == 0:
@@ -174,25 +200,49 @@ class Witness(NoWitness):
 
 
 class _Slices:
-    """A few values of each weight tensor, of each row, clipped and added up in float64."""
+    """A few values of each weight tensor, of each record, clipped and added up in float64; and norms of few records."""
 
-    def __init__(self, gradients: Sequence[Tensor], norms_PN: Tensor, clip_norm: float) -> None:
-        self.n_rows = len(gradients[0])
-        sizes = [math.prod(g.shape[1:]) for g in gradients]
-        starts = [secrets.randbelow(max(1, d - SLICE + 1)) for d in sizes]
+    def __init__(self, shapes: Sequence[torch.Size], clip_norm: float) -> None:
+        starts = [secrets.randbelow(max(1, shape.numel() - SLICE + 1)) for shape in shapes]
         self.places = [slice(start, start + SLICE) for start in starts]
-        rows_NK = _float64([g.flatten(1)[:, at] for g, at in zip(gradients, self.places, strict=True)], dim=1)
-        # Opacus adds 1e-6 to every norm. In float32, as there: a hostile row's norm is infinite in both or in none.
+        self.clip_norm, self.n_rows, self.norms_held = clip_norm, 0, True
+        self.sum_K = self.sizes_K = np.zeros(1)
+
+    def add(self, rows: RowGradients, norms_PN: Tensor) -> None:
+        rows_NK = _float64([rows.values(i, at) for i, at in enumerate(self.places)], dim=1)
+        # 1e-6 is added as in Opacus, and in float32 as there: a hostile norm is infinite in both or in none.
         norm_N, finite_N = norms_PN.norm(dim=0).cpu().numpy(), norms_PN.isfinite().all(0).cpu().numpy()
-        factors_N = np.minimum(1, clip_norm / (norm_N + 1e-6).astype(np.float64))
+        factors_N = np.minimum(1, self.clip_norm / (norm_N + 1e-6).astype(np.float64))
         if not finite_N.all():
             rows_NK[~finite_N], factors_N[~finite_N] = 0, 0
-        self.sum_K = factors_N @ rows_NK
-        self.allowed_K = (factors_N @ np.abs(rows_NK)) * (CLIP_TOLERANCE + self.n_rows * ADDING_ERROR) + 1e-12
+        self.sum_K = self.sum_K + factors_N @ rows_NK
+        self.sizes_K = self.sizes_K + factors_N @ np.abs(rows_NK)
+        self.n_rows += len(norm_N)
+        if len(norm_N):
+            n = secrets.randbelow(len(norm_N))
+            whole_1D = _float64([rows.values(i, records=slice(n, n + 1)) for i in range(len(rows.parts))], dim=1)
+            self.norms_held &= not finite_N[n] or _same_norms(whole_1D, norm_N[n : n + 1])
 
     def agree(self, clipped: Sequence[Tensor]) -> bool:
         found_K = _float64([g.flatten()[at] for g, at in zip(clipped, self.places, strict=True)])
-        return bool((np.abs(found_K - self.sum_K) <= self.allowed_K).all())
+        allowed_K = self.sizes_K * (CLIP_TOLERANCE + self.n_rows * ADDING_ERROR) + 1e-12
+        return self.norms_held and bool((np.abs(found_K - self.sum_K) <= allowed_K).all())
+
+
+def _same_norms(gradients_ND: np.ndarray, norms_N: np.ndarray) -> bool:
+    """Whether records are as long as it is said; infinitely long where float32 cannot hold the squares."""
+    true_N = np.linalg.norm(gradients_ND, axis=1)
+    return bool(((np.abs(true_N - norms_N) <= CLIP_TOLERANCE * true_N + 1e-12) | ~np.isfinite(norms_N)).all())
+
+
+def _clipped_in_full(probe: ProbePass, clip_norm: float) -> bool:
+    """Every value of a pass of the probe, whose records are all far above C."""
+    gradients_ND, norms_N = _float64([probe.gradients_ND]), probe.norms_N.cpu().numpy().astype(np.float64)
+    factors_N = np.minimum(1, clip_norm / (norms_N + 1e-6))
+    allowed_D = factors_N @ np.abs(gradients_ND) * (CLIP_TOLERANCE + len(norms_N) * ADDING_ERROR) + 1e-12
+    found_D = _float64([g.flatten() for g in probe.clipped])
+    wrong_D = np.abs(found_D - factors_N @ gradients_ND) > allowed_D
+    return not wrong_D.any() and _same_norms(gradients_ND, norms_N)
 
 
 def _float64(parts: Sequence[Tensor], dim: int = 0) -> np.ndarray:
