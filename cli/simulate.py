@@ -22,6 +22,13 @@ def simulate(
         list[str] | None,
         typer.Option(help="site=FOLDER with that site's DICOM files; sites without one get phantoms."),
     ] = None,
+    data_pool: Annotated[
+        Path | None, typer.Option(help="Folder of public labelled DICOM, split among all sites by patient.")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="How --data-pool is split: iid (default), dirichlet:0.3 or quantity:1.2.")
+    ] = None,
+    partition_seed: Annotated[int, typer.Option(min=0, help="Another split of the same kind.")] = 0,
     test: Annotated[
         list[Path] | None, typer.Option(help="Folder of labelled DICOM of other patients, to judge images by.")
     ] = None,
@@ -29,7 +36,7 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(help="Instead of the study's number of rounds.")] = None,
     arms: Annotated[
         bool | None,
-        typer.Option(help="Train comparison arms, one WITHOUT privacy. Default: on phantoms yes, with --data no."),
+        typer.Option(help="Train comparison arms, one WITHOUT privacy. Default: on phantoms alone."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     ray_address: Annotated[
@@ -48,6 +55,7 @@ def simulate(
     """
     # Imports of seconds (torch, Ray), so that `fedmedgan --help` answers at once.
     from fedmedgan.simulations import experiment
+    from fedmedgan.simulations.partitions import Partition, Pool
 
     study = read_study(study_file)
     if rounds is not None:
@@ -59,6 +67,13 @@ def simulate(
     if device not in ("auto", "cpu", "cuda"):
         raise RunError("RUN_DEVICE", f"{device!r} is not auto, cpu or cuda", "--device")
     folders = {site: Path(folder) for site, folder in (_pair(d, "=", "--data") for d in data or [])}
+    pool = None
+    if data_pool is not None:
+        if folders:
+            raise RunError("RUN_USAGE", "both were given", "--data, --data-pool", hint="give one of them")
+        pool = Pool(data_pool, Partition.parse(partition or "iid"), partition_seed)
+    elif partition is not None or partition_seed:
+        raise RunError("RUN_USAGE", "there is no pool to split", "--partition", hint="give --data-pool FOLDER, too")
     drops = []
     for site, number in (_pair(d, "@", "--drop") for d in drop or []):
         study.index(site)
@@ -71,7 +86,8 @@ def simulate(
         run_folder,
         folders,
         test_folders=test or [],
-        arms=not folders if arms is None else arms,
+        pool=pool,
+        arms=not (folders or pool) if arms is None else arms,
         device=device,
         ray_address=ray_address,
         drops=drops,

@@ -7,13 +7,16 @@ is then made by the hospitals themselves, as in a real one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmedgan.client import joining
 from fedmedgan.client.cycle import Hospital
+from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.release import pictures
 from fedmedgan.server.app import KEY_FILE
@@ -21,9 +24,13 @@ from fedmedgan.shared.agreement import Agreement, Identity, assemble
 from fedmedgan.shared.errors import DataError, RunError, StudyError
 from fedmedgan.shared.secure_sum import keys
 from fedmedgan.shared.study import Study
-from fedmedgan.simulations import phantoms
+from fedmedgan.simulations import partitions, phantoms
 
 INSECURE_MARK = "INSECURE-SEED"
+PARTITION = "partition.json"
+"""How a pooled set was split among the hospitals; there only if one was."""
+CLASSES = "classes.json"
+"""In a hospital's home: how many images and patients of each class, for phantoms and shares of a pooled set."""
 PHANTOMS = "dicom"
 """Folder of a hospital's home that holds its files, where they are drawn."""
 
@@ -43,6 +50,7 @@ def prepare(
     run_folder: Path,
     data: Mapping[str, Path],
     *,
+    pool: partitions.Pool | None = None,
     device: str = "auto",
     insecure_seed: int | None = None,
 ) -> Study:
@@ -50,11 +58,13 @@ def prepare(
 
     Args:
         data: site name -> folder with its DICOM files; sites without one get phantoms.
+        pool: a set to split among all sites, instead of `data`; their shares are written into their homes.
 
     Raises:
         RunError: RUN_PATH, the run folder is in use.
         StudyError: STUDY_ROSTER, `data` names a site that the study does not have.
         DataError: DATA_PATH and what else reading the folders raises; every folder is read before anything runs.
+            DATA_TOO_FEW, a site's share of the pool is smaller than it declares.
     """
     _refuse_keys(study)
     for name, folder in data.items():
@@ -65,10 +75,14 @@ def prepare(
         run_folder.mkdir(parents=True, exist_ok=True)
         if any(run_folder.iterdir()):
             raise RunError("RUN_PATH", "the run folder is not empty", str(run_folder))
+        shares = partitions.share_out(pool, study) if pool else {}
+        if pool:
+            how = {"partition": str(pool.partition), "seed": pool.seed}
+            (run_folder / PARTITION).write_text(json.dumps(how) + "\n")
         identities = []
         for number, site in enumerate(study.sites):
             home = home_of(run_folder, site.name)
-            folder = data.get(site.name, home / PHANTOMS)
+            folder = data.get(site.name, home / (partitions.POOLED if pool else PHANTOMS))
             ceiling = study.privacy.epsilon
             known = joining.init_home(
                 home,
@@ -79,7 +93,9 @@ def prepare(
                 device=device,
             )
             identities.append(known)
-            if site.name not in data:
+            if site.name in shares:
+                partitions.write_share(shares[site.name], study.images.classes, folder)
+            elif site.name not in data:
                 vendor = phantoms.vendor_for(number)
                 phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor)
         agreement = agree(assemble(study, [*identities, _coordinator(run_folder)]), run_folder)
@@ -103,16 +119,27 @@ def give_key(run_folder: Path, study: Study) -> keys.Epoch:
 def read_data(run_folder: Path, study: Study) -> None:
     """Read every hospital's folder once, through the real reader, and draw what the model makes before training.
 
-    Phantoms are drawn for the report as well. Images of patients are not: a report is made to be shown.
+    Phantoms are drawn for the report as well. Images of patients are not: a report is made to be shown. Classes are
+    counted for phantoms and shares of a pooled set; those of a hospital's own folder are nobody else's business.
     """
     for home in homes(run_folder, study):
         hospital = Hospital(home)
         patients = hospital.load_patients()
         hospital.draw_samples()
+        if (home / PHANTOMS).is_dir() or (home / partitions.POOLED).is_dir():
+            counts = json.dumps(_count_classes(patients, len(study.images.classes)))
+            (home / CLASSES).write_text(counts + "\n")
         if not (home / PHANTOMS).is_dir():
             continue
         sheet = pictures.by_class(patients.images_N1HW, patients.labels_N, len(study.images.classes), SAMPLE_COLUMNS)
         (home / "real.png").write_bytes(pictures.png(sheet))
+
+
+def _count_classes(patients: PatientImages, n_classes: int) -> dict[str, list[int]]:
+    """Images of each class, and patients by the class that most of their images have."""
+    labels_P = partitions.label_of_patients(patients.labels_N, patients.patient_N)
+    counted = {"images": patients.labels_N, "patients": labels_P}
+    return {name: np.bincount(labels, minlength=n_classes).tolist() for name, labels in counted.items()}
 
 
 def _coordinator(run_folder: Path) -> Identity:

@@ -14,6 +14,7 @@ from fedmedgan.shared.errors import DataError
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import arms as comparison
 from fedmedgan.simulations import consortium, phantoms, record, report
+from fedmedgan.simulations.partitions import Pool
 from fedmedgan.simulations.progress import Progress
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -58,6 +59,7 @@ def run(
     drops: Collection[tuple[str, int]],
     insecure_seed: int | None,
     console: Console,
+    pool: Pool | None = None,
 ) -> Finished:
     """Run one experiment; see `fedmedgan simulate --help` for the arguments.
 
@@ -72,12 +74,14 @@ def run(
     for folder in test_folders:
         if not folder.is_dir():
             raise DataError("DATA_PATH", "the folder of test images is not there", str(folder))
-    if arms and data:
+    if pool and not pool.folder.is_dir():
+        raise DataError("DATA_PATH", "the pooled folder is not there", str(pool.folder))
+    if arms and (data or pool):
         console.print(
             "[bold]the arms train on the given images outside the ledger, one of them WITHOUT privacy:[/bold]"
         )
         console.print("[bold]for public or research data only, never for patients whom the ledger protects[/bold]")
-    study = consortium.prepare(study, run_folder, data, device=device, insecure_seed=insecure_seed)
+    study = consortium.prepare(study, run_folder, data, pool=pool, device=device, insecure_seed=insecure_seed)
     consortium.read_data(run_folder, study)
     if arms and test_folders:
         comparison.refuse_training_images(run_folder, study, test_folders)
@@ -89,7 +93,7 @@ def run(
         progress.stop()
     if arms:
         console.print("comparison arms: each hospital alone, and without privacy")
-        if not test_folders and not data:
+        if not test_folders and not data and not pool:
             test_folders = _test_phantoms(run_folder / "test", study)
         comparison.run(run_folder, study, test_folders=test_folders, insecure_seed=insecure_seed)
     page = report.write(run_folder)

@@ -6,6 +6,8 @@
     hospitals/<site>/samples/        the same latent points after each round, round-0000.png before training
     hospitals/<site>/real.png        some of the hospital's own images; in a simulation only
     hospitals/<site>/dicom/          there only if the hospital's images are phantoms
+    hospitals/<site>/classes.json    images and patients by class; of phantoms and of shares of a pooled set only
+    partition.json                   there only if a pooled set was split among the hospitals
     arms.json, arms/<name>.png       the comparison arms, once they have run
     INSECURE-SEED                    there only if the noise was seeded
 
@@ -101,6 +103,23 @@ class _Arms:
 
 
 @checked_dataclass(frozen=True, config=STRICT)
+class ClassCounts:
+    """Of one hospital, in the order of the study's classes."""
+
+    images: tuple[Count, ...]
+    patients: tuple[Count, ...]
+    """Each patient counts once, as the class that most of the patient's images have."""
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Split:
+    """How a pooled set was split."""
+
+    partition: Annotated[str, Field(pattern=r"^(iid|(dirichlet|quantity):[0-9.e+-]{1,20})$")]
+    seed: Count
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class _StudyFile:
     hash: Digest
     study: dict[str, Any]
@@ -156,6 +175,7 @@ class Hospital:
     real: Path | None
     drawn: bool
     """Its images are phantoms that the simulation drew into the hospital's own folder, so nobody's."""
+    classes: ClassCounts | None = None
 
     @property
     def last(self) -> Trained | None:
@@ -178,6 +198,7 @@ class RunRecord:
     real: RealBaseline | None
     insecure_seed: str | None
     """What the file INSECURE-SEED holds; None where there is no such file."""
+    split: Split | None = None
 
     @property
     def finished_rounds(self) -> tuple[Round, ...]:
@@ -218,10 +239,11 @@ def load(run_folder: Path) -> RunRecord:
         rounds=_rounds(events),
         closed=closed[-1] if closed else None,
         nodes_refused=sum(isinstance(e, NodeRefused) for e in events),
-        hospitals=tuple(_hospital(run_folder, site.name) for site in study.sites),
+        hospitals=tuple(_hospital(run_folder, site.name, len(study.images.classes)) for site in study.sites),
         arms=arms.arms,
         real=arms.real,
         insecure_seed=seed.read_text(encoding="utf-8", errors="replace").strip() if seed.exists() else None,
+        split=_read_json(run_folder / "partition.json", TypeAdapter(Split)),
     )
 
 
@@ -345,7 +367,7 @@ def _rounds(events: Iterable[CoordinatorEvent]) -> tuple[Round, ...]:
     )
 
 
-def _hospital(run_folder: Path, name: str) -> Hospital:
+def _hospital(run_folder: Path, name: str, n_classes: int) -> Hospital:
     events = EventFile.of_hospital(run_folder, name).new()
     home = run_folder / "hospitals" / name
     samples = {}
@@ -355,6 +377,9 @@ def _hospital(run_folder: Path, name: str) -> Hospital:
             where = f"hospitals/{name}/samples"
             raise RunError("RUN_RECORD", "a picture is not called round-NNNN.png", where)
         samples[int(digits)] = path
+    classes = _read_json(home / "classes.json", TypeAdapter(ClassCounts))
+    if classes and {len(classes.images), len(classes.patients)} != {n_classes}:
+        raise RunError("RUN_RECORD", "not as many classes as the study has", f"hospitals/{name}/classes.json")
     return Hospital(
         name=name,
         loaded=next((e for e in events if isinstance(e, DataLoaded)), None),
@@ -365,6 +390,7 @@ def _hospital(run_folder: Path, name: str) -> Hospital:
         samples=samples,
         real=home / "real.png" if (home / "real.png").is_file() else None,
         drawn=(home / "dicom").is_dir(),
+        classes=classes,
     )
 
 

@@ -53,6 +53,20 @@ class PatientImages:
     report: FolderReport
     pseudonyms: tuple[str, ...] = field(repr=False)
     """Keyed hash of each patient's Patient ID, 32 hex digits, in the order of the numbers in `patient_N`."""
+    targets_N1HW: np.ndarray | None = None
+    """float16 (N, 1, S, S) in [-1, 1]: each image's target; None where the study has none."""
+
+
+@dataclass(frozen=True)
+class UsedFile:
+    """One file of a folder that the rules take."""
+
+    path: str
+    """Where to open it: absolute, without links."""
+    patient: int
+    """0..n_patients-1 in the order of first appearance."""
+    label: int
+    """Place in the study's classes."""
 
 
 def default_workers() -> int:
@@ -80,7 +94,22 @@ def check_folder(
     """
     entries, labels = _scan(folder), label_table.read(folder)
     key = secrets.token_bytes(32)
-    return _collect(entries, labels, rules, key, limits or Limits(), workers, progress).report
+    return _collect(entries, labels, rules, key, limits or Limits(), workers, progress)[0].report
+
+
+def used_files(folder: Path, rules: Images) -> tuple[UsedFile, ...]:
+    """Which files of a folder the rules take, and whose they are, in the order of their paths.
+
+    For a pooled set that a simulation splits among hospitals; a hospital itself has no use for it.
+
+    Raises:
+        DataError: like `load_patients`.
+    """
+    entries, labels = _scan(folder), label_table.read(folder)
+    found, files = _collect(entries, labels, rules, secrets.token_bytes(32), Limits(), None, None)
+    if not files:
+        raise DataError("DATA_EMPTY", f"no usable image among {found.report.sentence()}", str(folder))
+    return tuple(files)
 
 
 def load_patients(
@@ -112,13 +141,13 @@ def load_patients(
     limits = limits or Limits()
     entries, labels = _scan(folder), label_table.read(folder)
     if cache is None:
-        found = _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)
+        found, _ = _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)
     else:
         from fedmedgan.client.data import cache as image_cache  # the coordinator has no safetensors
 
         state = image_cache.fingerprint(entries, labels, rules, limits)
         known = _as_images(image_cache.read(cache, _ARRAYS, state, pseudonym_key))
-        found = known or _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)
+        found = known or _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)[0]
         # A file that was only slow today must not stay left out.
         if known is None and not any(file.reason == TIMED_OUT for file in found.report.files):
             names = np.array(list(bytes.fromhex("".join(found.pseudonyms))), np.uint8).reshape(-1, PSEUDONYM_BYTES)
@@ -146,11 +175,12 @@ def _collect(
     limits: Limits,
     workers: int | None,
     progress: Callable[[int, int], None] | None,
-) -> PatientImages:
+) -> tuple[PatientImages, list[UsedFile]]:
     """Decode every entry, then take or leave each in the order of the paths."""
     labels = label_table.parse(labels_csv)
     examined = _examine(entries, rules, key, limits, workers or default_workers(), progress)
     files: list[FileOutcome] = []
+    used: list[UsedFile] = []
     images: list[np.ndarray] = []
     labels_N: list[int] = []
     patient_N: list[int] = []
@@ -166,13 +196,14 @@ def _collect(
             elif result.images is not None:
                 seen |= {result.instance, result.pixel_sha256} - {""}
                 number = patients.setdefault(result.patient, len(patients))
+                used.append(UsedFile(entry.path, number, label))
                 images.append(result.images)
                 labels_N += [label] * len(result.images)
                 patient_N += [number] * len(result.images)
         files.append(_outcome(entry, result))
     size = rules.size
     stacked = np.concatenate(images) if images else np.zeros((0, size, size), np.float16)
-    return PatientImages(
+    found = PatientImages(
         stacked[:, None],
         np.array(labels_N, np.int64),
         np.array(patient_N, np.int64),
@@ -180,6 +211,7 @@ def _collect(
         FolderReport(tuple(files), len(labels_N), len(patients)),
         tuple(patients),
     )
+    return found, used
 
 
 def _examine(
