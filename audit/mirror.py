@@ -21,9 +21,11 @@ from torch.func import functional_call, grad, vmap
 
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe as recipes
+from fedmedgan.client.gans.recipe import Recipe, Synthesis
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import RandomSource
+from fedmedgan.shared.errors import StudyError
 from fedmedgan.shared.study import Study
 
 ROWS_AT_ONCE = 64
@@ -88,7 +90,8 @@ def watch(
     Raises:
         ModelError, PrivacyError: as `LocalTrainer`.
     """
-    generator, discriminator = cdcgan.build(study.images, study.gan)
+    recipe = require_auditable(study)
+    generator, discriminator = recipe.networks()
     weights_before = copy.deepcopy(discriminator)  # a plain one: the other gets Opacus' hooks
     trainer = make_trainer(
         study,
@@ -99,8 +102,8 @@ def watch(
         random=random,
         device=torch.device("cpu"),
     )
-    divisor, clip_norm = 2 * study.training.patients_per_step, study.privacy.clip_norm
-    is_real_M = torch.ones(len(canaries))
+    divisor = trainer.d.divisor
+    is_real_M = torch.full((len(canaries),), study.training.real_label)
     fakes: list[Tensor] = []
 
     def generated(_: nn.Module, inputs: tuple[Tensor, Tensor], images: Tensor) -> None:
@@ -110,13 +113,13 @@ def watch(
         noised_D = torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]) * divisor
         weights_before.load_state_dict(discriminator.state_dict())
         images, labels = fakes
-        fakes_ND = clipped_rows(weights_before, images, labels, torch.zeros(len(labels)), clip_norm)
-        rows_MD = clipped_rows(weights_before, canaries.images_M1SS, canaries.labels_M, is_real_M, clip_norm)
+        fakes_ND = clipped_rows(recipe, weights_before, images, labels, torch.zeros(len(labels)))
+        rows_MD = clipped_rows(recipe, weights_before, canaries.images_M1SS, canaries.labels_M, is_real_M)
         see(Seen(rows_MD, fakes_ND, noised_D))
 
     hooks = [
         generator.register_forward_hook(generated),
-        trainer.adam_d.register_step_pre_hook(about_to_update),
+        trainer.d.adam.register_step_pre_hook(about_to_update),
     ]
     try:
         trainer.train(steps)
@@ -126,15 +129,43 @@ def watch(
         trainer.close()
 
 
+def require_auditable(study: Study) -> Recipe:
+    """The study's recipe, whose rows an attacker can tell apart.
+
+    Raises:
+        StudyError: CONFIG_RANGE, in this recipe a row holds more than one image.
+    """
+    recipe = recipes.load(study)
+    if not isinstance(recipe, Synthesis) or not recipe.fake_rows:
+        what = "the mirror run knows recipes whose generated images are rows of their own"
+        hint = "audit such a study by its ledger"
+        raise StudyError("CONFIG_RANGE", what, f"gan.recipe: {study.gan.recipe}", hint=hint)
+    return recipe
+
+
+class _Losses(nn.Module):
+    """A discriminator whose call is the recipe's loss of each row."""
+
+    def __init__(self, recipe: Recipe, network: nn.Module) -> None:
+        super().__init__()
+        self.recipe, self.network = recipe, network
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        return self.recipe.discriminator_losses(self.network, *rows)
+
+
 def clipped_rows(
-    network: nn.Module, images_N1SS: Tensor, labels_N: Tensor, is_real_N: Tensor, clip_norm: float
+    recipe: Recipe, network: nn.Module, images_N1SS: Tensor, labels_N: Tensor, is_real_N: Tensor
 ) -> Tensor:
-    """Gradient of the discriminator's loss on each row by itself, scaled down to norm `clip_norm`: (N, D)."""
+    """Gradient of the discriminator's loss on each row by itself, scaled down to the study's clipping norm: (N, D)."""
+    clip_norm = recipe.study.privacy.clip_norm
     weights = {name: p.detach() for name, p in network.named_parameters()}
+    whole = _Losses(recipe, network)
 
     def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor, is_real: Tensor) -> Tensor:
-        logits = functional_call(network, weights, (image[None], label[None]))
-        return cdcgan.discriminator_losses(logits, is_real[None])[0]
+        alone = (image[None], label[None], is_real[None])
+        losses: Tensor = functional_call(whole, {f"network.{n}": w for n, w in weights.items()}, alone)
+        return losses.sum()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")

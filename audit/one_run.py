@@ -38,8 +38,7 @@ import torch
 from torch import Tensor
 
 from fedmedgan.audit.bounds import CONFIDENCE, Finding, judge, one_run_epsilon
-from fedmedgan.audit.mirror import Canaries, MakeTrainer, Seen, watch
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.audit.mirror import Canaries, MakeTrainer, Seen, require_auditable, watch
 from fedmedgan.client.training.local_round import LocalTrainer
 from fedmedgan.client.training.randomness import RandomSource, SystemRandom
 from fedmedgan.shared.privacy.accounting import epsilon_pld
@@ -73,7 +72,7 @@ class Plan:
 def plan(study: Study, site: Site, *, noise_multiplier: float, canaries: int, confidence: float) -> Plan:
     """The number of steps, a power of two or the most there are, with the widest room between epsilon and ceiling."""
     q, delta = study.sampling_rate(site), study.privacy.delta
-    weights = sum(p.numel() for p in cdcgan.build(study.images, study.gan)[1].parameters())
+    weights = sum(p.numel() for p in require_auditable(study).networks()[1].parameters())
     m = max(1, min(canaries, MOST_BYTES // (4 * weights), weights // 2 - MOST_FAKES))
 
     def with_steps(steps: int) -> Plan:

@@ -282,7 +282,7 @@ def check_rounds(case: Case, handed: Handed, broken: FedMedGanError | None) -> s
     released = _released(history)
     for one, update in certified:
         where = f"round {update.round} of {one.study.name}"
-        paid, needed = history.steps_paid(one.study.hash, update.round), one.study.training.local_steps
+        paid, needed = history.steps_paid(one.study.hash, update.round), one.study.steps_per_round
         refuse(not paid, "AUDIT_UNCHARGED", "an update without a charge", where)
         refuse(paid < needed, "AUDIT_UNCHARGED", f"an update of {needed} steps for a charge of {paid}", where)
         refuse(_sent(update) not in released, "AUDIT_UNCHARGED", "an update that the ledger does not know", where)

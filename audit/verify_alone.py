@@ -666,11 +666,17 @@ def check_anchors(bundle: Bundle) -> str:
     return f"the ledger holds all {len(heads)} records that others have seen at its end"
 
 
+def steps_per_round(study: dict) -> int:
+    """Private steps of one hospital in a round: of the discriminator, and of a generator that reads patients too."""
+    t, both = study["training"], study["gan"]["private"] == "both"
+    return t["local_steps"] + (t["local_steps"] // t["discriminator_steps"] if both else 0)
+
+
 def check_rounds(bundle: Bundle) -> str:
     updates = bundle.own_updates()
     needs(updates, "certificates that list this hospital")
     released = {(b["round"], b["attempt"], b["sha256"]) for b in bundle.ledger.of("release", bundle.study_hash)}
-    needed = bundle.agreed["training"]["local_steps"]
+    needed = steps_per_round(bundle.agreed)
     for name, update in updates:
         paid = bundle.ledger.paid(bundle.study_hash, update["round"])
         require(paid >= needed, f"{name}: round {update['round']} took {needed} steps, {paid} were reserved or charged")
@@ -706,7 +712,7 @@ def check_noise(bundle: Bundle) -> str:
         "delta": study["privacy"]["delta"],
         "clip_norm": study["privacy"]["clip_norm"],
         "sampling_rate": study["training"]["patients_per_step"] / site["patients"],
-        "steps": study["training"]["rounds"] * study["training"]["local_steps"],
+        "steps": study["training"]["rounds"] * steps_per_round(study),
         "patients": site["patients"],
     }
     for terms in bundle.ledger.of("open", bundle.study_hash):

@@ -30,7 +30,7 @@ from fedmedgan.audit.evidence import gather
 from fedmedgan.cli.study import read_study
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import SystemRandom
 from fedmedgan.client.training.witness import NoWitness
@@ -162,7 +162,7 @@ def trainer(study: Study, watched: bool) -> LocalTrainer:
     random = SystemRandom()
     return LocalTrainer(
         study,
-        *cdcgan.build(study.images, study.gan),
+        *recipe.load(study).networks(),
         PatientSampler(patients, rate, random),
         noise_multiplier=1.0,
         random=random,

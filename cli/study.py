@@ -67,7 +67,7 @@ def draw_cost(console: Console, study: Study, found: dict) -> None:
     console.print(f"study {study.name}  hash {study.hash}", soft_wrap=True)
     console.print(
         f"unit: one patient with all images and labels; adjacency: add/remove; delta {study.privacy.delta:g};"
-        f" {study.training.rounds} rounds of {study.training.local_steps} private steps",
+        f" {study.training.rounds} rounds of {study.steps_per_round} private steps",
         soft_wrap=True,
     )
     table = Table("site", "patients", "weight", "rate q", "noise sigma", "epsilon, round 1", "epsilon, all")
@@ -105,7 +105,7 @@ def cost(study: Study) -> dict:
         sigma = calibrate_noise(
             epsilon=study.privacy.epsilon, delta=study.privacy.delta, sampling_rate=rate, steps=study.total_steps
         )
-        one_round = TrainingSteps(sigma, rate, study.training.local_steps)
+        one_round = TrainingSteps(sigma, rate, study.steps_per_round)
         curve = [epsilon for _, epsilon in epsilon_after_rounds(one_round, rounds, study.privacy.delta)]
         sites.append(
             {
@@ -133,5 +133,5 @@ def _size(study: Study) -> dict:
         "bytes_up": max_frame_bytes(blobs, "update"),
         "bytes_down": max_frame_bytes(blobs, "sum"),
         "bytes_float32": 4 * n,
-        "seconds_training": step_seconds(study) * study.total_steps,
+        "seconds_training": step_seconds(study) * study.training.rounds * study.training.local_steps,
     }

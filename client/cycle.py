@@ -31,6 +31,7 @@ from fedmedgan.client.joining import (
     keep,
 )
 from fedmedgan.client.key_epochs import KeyEpochs
+from fedmedgan.client.shared_model import part, shared_part
 from fedmedgan.client.training.local_round import LocalTrainer, Losses, PatientSampler
 from fedmedgan.client.training.randomness import RandomSource
 from fedmedgan.shared import crash
@@ -67,6 +68,22 @@ from fedmedgan.shared.privacy.records import failed_checks
 from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.source import source_hash
+
+ADAM, KEPT, TURNS = "adam.", "kept.", "turns"
+"""In the file of a hospital's own states: Adam's; weights that are not shared; the generator's turns."""
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What one round of local training gave."""
+
+    losses: Losses
+    update_P: np.ndarray
+    """New shared weights minus old ones, float32."""
+    states: checkpoint.Arrays
+    """What the next round goes on from."""
+    checks: dict[str, str]
+    method: str
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,8 @@ class Hospital(Home):
         return envelope
 
     def _record_release(self, opened: RoundOpen, digest: str, size: int) -> History:
+        if not self.study.is_private:
+            return self._ledger_history()
         with self._open_ledger() as ledger:
             ledger.release(self.study.hash, round=opened.round, attempt=opened.attempt, sha256=digest, size=size)
             self.book.saw(ledger.history)
@@ -243,8 +262,11 @@ class Hospital(Home):
             PrivacyError: PRIVACY_PROOF, also at every later round until the study is signed again here.
         """
         random = self._random(round)
-        t, rate = self.study.training, self.study.sampling_rate(self.site)
-        planned = TrainingSteps(self.sigma, rate, t.local_steps)
+        steps, rate = self.study.steps_per_round, self.study.sampling_rate(self.site)
+        if not self.study.is_private:
+            self._train_without_privacy(round, random)
+            return
+        planned = TrainingSteps(self.sigma, rate, steps)
         with self._open_ledger() as ledger, ExitStack() as until_settled:
             with self.book.locked():  # what other ledgers of these patients spent may not grow while it is counted
                 self._require_proof(ledger)
@@ -260,40 +282,72 @@ class Hospital(Home):
                 raise
             began = time.perf_counter()
             code = source_hash()
-            losses, update_P, adam_states, checks = self._train_networks(PatientSampler(patients, rate, random), random)
-            trained = time.perf_counter()
-            proof_of_round: dict[str, Any] = {"noise_source": random.name, "checks": checks, "code": code}
-            if failed := failed_checks(checks):  # nothing that was trained is kept, not even Adam's states
-                reservation.charge(t.local_steps, **proof_of_round)
+            trained = self._train_networks(PatientSampler(patients, rate, random), random)
+            seconds = time.perf_counter() - began
+            proof_of_round: dict[str, Any] = {"noise_source": random.name, "checks": trained.checks, "code": code}
+            if failed := failed_checks(trained.checks):  # nothing that was trained is kept, not even Adam's states
+                reservation.charge(steps, **proof_of_round)
                 raise PrivacyError("PRIVACY_PROOF", f"failed: {', '.join(failed)}", f"round {round}")
             crash.point("client.trained")
-            checkpoint.write(self.home / ADAM_STATES, adam_states)
-            quantized = self.plan.quantize(update_P, self._rounding(round))
-            checkpoint.write(
-                self._update_file,
-                {"levels": quantized.levels.astype(np.uint16), "generator_loss": np.array(losses.generator)},
-                round=round,
-                study=self.study.hash,
-                model_hash=self.model_hash,
-                saturated=quantized.saturated,
-            )
+            quantize_seconds = self._store_update(round, trained)
             crash.point("client.update-stored")
-            reservation.charge(t.local_steps, **proof_of_round)
+            reservation.charge(steps, **proof_of_round)
             crash.point("client.charged")
         self.log.write(
             "trained",
             round=round,
-            steps=t.local_steps,
-            seconds=trained - began,
-            quantize_seconds=time.perf_counter() - trained,
-            generator_loss=losses.generator,
-            discriminator_fake_loss=losses.discriminator_on_fakes,
+            steps=steps,
+            seconds=seconds,
+            quantize_seconds=quantize_seconds,
+            generator_loss=trained.losses.generator,
+            discriminator_fake_loss=trained.losses.discriminator_on_fakes,
             epsilon=reservation.decision.after_epsilon,
             ceiling=self.study.privacy.epsilon,
             noise_multiplier=self.sigma,
             sampling_rate=rate,
-            checks=checks,
+            checks=trained.checks,
+            method=trained.method,
         )
+
+    def _train_without_privacy(self, round: int, random: RandomSource) -> None:
+        """For public images: nothing is promised, so nothing is reserved, charged or proved."""
+        self.policy.grant(self.study)
+        patients, began = self.load_patients(), time.perf_counter()
+        trained = self._train_networks(
+            PatientSampler(patients, self.study.sampling_rate(self.site), random), random, private=False
+        )
+        seconds = time.perf_counter() - began
+        self.log.write(
+            "trained",
+            round=round,
+            steps=self.study.steps_per_round,
+            seconds=seconds,
+            quantize_seconds=self._store_update(round, trained),
+            generator_loss=trained.losses.generator,
+            discriminator_fake_loss=trained.losses.discriminator_on_fakes,
+            epsilon=None,
+            ceiling=None,
+            noise_multiplier=None,
+            sampling_rate=self.study.sampling_rate(self.site),
+            checks=trained.checks,
+            method=trained.method,
+        )
+
+    def _store_update(self, round: int, trained: _Trained) -> float:
+        """Adam's states, then the update: quantised, as it will be sent. Returns the seconds that quantising took."""
+        checkpoint.write(self.home / ADAM_STATES, trained.states)
+        began = time.perf_counter()
+        quantized = self.plan.quantize(trained.update_P, self._rounding(round))
+        took = time.perf_counter() - began
+        checkpoint.write(
+            self._update_file,
+            {"levels": quantized.levels.astype(np.uint16), "generator_loss": np.array(trained.losses.generator)},
+            round=round,
+            study=self.study.hash,
+            model_hash=self.model_hash,
+            saturated=quantized.saturated,
+        )
+        return took
 
     def _require_proof(self, ledger: Ledger) -> None:
         """Nothing is trained after a failed test, until a person has signed again; and only as the ledger says."""
@@ -304,28 +358,33 @@ class Hospital(Home):
         if terms is None or (terms.noise_multiplier, terms.sampling_rate, terms.clip_norm) != agreed:
             raise StudyError("STUDY_HASH", "noise or sampling are not those on record", NOISE, hint=SIGN_AGAIN)
 
-    def _train_networks(
-        self, sampler: PatientSampler, random: RandomSource
-    ) -> tuple[Losses, np.ndarray, checkpoint.Arrays, dict[str, str]]:
-        """Losses; new weights minus old ones, one float32 vector (P,); Adam's states; what the tests said."""
+    def _train_networks(self, sampler: PatientSampler, random: RandomSource, *, private: bool = True) -> _Trained:
+        """One round of local training from the shared model, with Adam states of the round before."""
+        path = self.home / ADAM_STATES
+        earlier = checkpoint.read(path)[0] if path.exists() else {}
+        if kept := {n.removeprefix(KEPT): a for n, a in part(earlier, KEPT).items()}:
+            checkpoint.load_networks({**self.model.weights, **kept}, *self.networks)
         trainer = LocalTrainer(
             self.study,
             *self.networks,
             sampler,
-            noise_multiplier=self.sigma,
+            noise_multiplier=self.sigma if private else None,
             random=random,
             device=self._device(),
             steps_done=self.applied_round * self.study.training.local_steps,
         )
-        states = self.home / ADAM_STATES
-        adams = {"generator": trainer.adam_g, "discriminator": trainer.adam_d}
-        if states.exists():
-            checkpoint.load_optimizers(checkpoint.read(states)[0], **adams)
+        if earlier:
+            states = {n.removeprefix(ADAM): a for n, a in part(earlier, ADAM).items()}
+            checkpoint.load_optimizers(states, **trainer.adams)
+            trainer.turns.load(earlier[TURNS].tolist())
         losses = trainer.train(self.study.training.local_steps)
         trainer.close()
-        trained = checkpoint.flatten(checkpoint.network_arrays(*self.networks))
-        update_P = trained - checkpoint.flatten(self.model)
-        return losses, update_P, checkpoint.optimizer_arrays(**adams), trainer.checks
+        weights = checkpoint.network_arrays(*self.networks)
+        states = {ADAM + n: a for n, a in checkpoint.optimizer_arrays(**trainer.adams).items()}
+        states[TURNS] = np.array(trainer.turns.state())
+        states |= {KEPT + n: a for n, a in weights.items() if n not in self.model.weights}
+        update_P = checkpoint.flatten(shared_part(self.study, weights)) - checkpoint.flatten(self.model.weights)
+        return _Trained(losses, update_P, states, trainer.checks, trainer.method)
 
     def _remember_attempt(self, opened: RoundOpen) -> _Attempt:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.
@@ -442,22 +501,21 @@ class Hospital(Home):
             raise
         crash.point("client.sum-checked")
         checked = time.perf_counter()
-        self.model = checkpoint.unflatten(checkpoint.flatten(self.model) + mean_P, like=self.model)
+        self.model = self.model.advanced(mean_P, certificate.round)
         self.applied_round = certificate.round
-        self.model_hash = checkpoint.content_hash(self.model)
         history = self._record_anchor(certificate, shown, updates)
         crash.point("client.anchored")
         self.model_ledger = (history.seq, history.head)
         checkpoint.write(
             self._model_file,
-            self.model,
+            self.model.arrays(),
             round=self.applied_round,
             study=self.study.hash,
             ledger_seq=history.seq,
             ledger_head=history.head,
         )
         crash.point("client.model-stored")
-        checkpoint.load_networks(self.model, *self.networks)
+        self.model.load_into(self.networks)
         applied = time.perf_counter()
         self.draw_samples()
         self.log.write(
@@ -474,6 +532,8 @@ class Hospital(Home):
             checkpoint.write_bytes(path, shown.model_dump_json().encode())
         heads = {self.study.site(name).signing_key: (u.ledger_seq, u.ledger_head) for name, u in updates.items()}
         digest = hashlib.sha256(certificate.canonical()).hexdigest()
+        if not self.study.is_private:
+            return self._ledger_history()
         with self._open_ledger() as ledger:
             self._note_epoch(ledger)
             ledger.anchor(self.study.hash, round=certificate.round, certificate=digest, heads=heads)
@@ -487,6 +547,8 @@ class Hospital(Home):
 
     def _close_study(self) -> None:
         """The study is over for this hospital: nothing can be charged for it any more."""
+        if not self.study.is_private:
+            return
         with self._open_ledger() as ledger:
             if not ledger.history.is_closed(self.study.hash):
                 ledger.close_study(self.study.hash)

@@ -5,8 +5,9 @@
     noise.json             sigma for this site
     keys/                  identity and key epochs           shared/secure_sum/keys.py
     ledger.jsonl           what was spent, over all studies  shared/privacy/ledger.py
+    initial.safetensors    weights to start from, where the study names some
     model.safetensors      the shared model, its round, and the ledger's head then
-    optimizers.safetensors its own Adam states
+    optimizers.safetensors its own Adam states, and its discriminator where that is not shared
     update.safetensors     the update of the open round, until its sum was applied
     attempt.json           for which cohort it was sealed last
     outbox.msg             the sealed update as it was sent: sent again byte for byte
@@ -19,6 +20,7 @@ Files are replaced as a whole, after an fsync. The state of the noise generator 
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -26,15 +28,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from fedmedgan.client import anchors, checkpoint
+from fedmedgan.client import anchors, checkpoint, pretrained
 from fedmedgan.client.budget_book import BudgetBook
 from fedmedgan.client.data.declared import load_declared
 from fedmedgan.client.data.patients import PatientImages
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe
 from fedmedgan.client.joining import NOISE
 from fedmedgan.client.policy import Policy
 from fedmedgan.client.release import pictures
+from fedmedgan.client.shared_model import GENERATOR, SharedModel
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
 from fedmedgan.shared.agreement import Agreement
@@ -80,10 +84,10 @@ class Home:
         self.sigma = self._load_sigma()
         self.site = self.study.site(self.policy.site)
         self.index = self.study.index(self.site.name)
-        self.networks = cdcgan.build(self.study.images, self.study.gan)
+        self.recipe = recipe.load(self.study)
+        self.networks = pretrained.networks(self.recipe, home)
         self.model, self.applied_round, self.model_ledger = self._load_model()
-        self.model_hash = checkpoint.content_hash(self.model)
-        self.plan = plan_for(self.study, checkpoint.flatten(self.model).size)
+        self.plan = plan_for(self.study, self.model.size)
 
     def load_patients(self) -> PatientImages:
         """This hospital's images: of the patients for whom it signed the study, and of no others.
@@ -96,22 +100,29 @@ class Home:
             Path(self.policy.data), self.study, self.site, pseudonym_key=self.book.pseudonym_key, home=self.home
         )
         terms = self._ledger_history().terms(self.study.hash)
-        if terms is None or terms.dataset != self.book.commitment(patients.pseudonyms):
+        if self.study.is_private and (terms is None or terms.dataset != self.book.commitment(patients.pseudonyms)):
             raise DataError("DATA_CHANGED", "the patients are not those for whom the study was signed", self.site.name)
         self.log.write("data_loaded", **patients.report.summary(), seconds=time.perf_counter() - began)
         return patients
 
     def draw_samples(self) -> None:
-        """A picture of the same latent points after each round: one row a class."""
+        """A picture of the same points after each round: one row a class, or an image and what is made of it."""
         columns, classes = SAMPLE_COLUMNS, len(self.study.images.classes)
-        fixed = torch.Generator().manual_seed(self.study.gan.init_seed)
-        latent = torch.randn(columns, self.study.gan.latent, generator=fixed).repeat(classes, 1)
-        labels = torch.arange(classes).repeat_interleave(columns)
-        with torch.no_grad():
-            images = self.networks[0].cpu()(latent, labels).numpy()
+        images = self.recipe.samples(self.released_generator(), classes, columns, self.study.gan.init_seed).numpy()
         path = self.home / "samples" / f"round-{self.applied_round:04d}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(pictures.png(pictures.grid(images, columns)))
+
+    def released_generator(self) -> nn.Module:
+        """The generator that images are made with: the moving average where the study takes one. On the CPU."""
+        generator = copy.deepcopy(self.networks[0]).cpu()
+        weights = self.model.released_generator()
+        generator.load_state_dict({n.removeprefix(GENERATOR): torch.from_numpy(a.copy()) for n, a in weights.items()})
+        return generator
+
+    @property
+    def model_hash(self) -> str:
+        return self.model.hash
 
     def _ledger_history(self) -> History:
         """The verified ledger, which must reach at least to where it was when the model was written."""
@@ -139,6 +150,7 @@ class Home:
         return self.home / "update.safetensors"
 
     def _load_sigma(self) -> float:
+        """Noise over clipping norm; 0 for a study without privacy, and for no other."""
         try:
             noise = json.loads((self.home / NOISE).read_text(encoding="utf-8"))
             sigma, study = float(noise["noise_multiplier"]), noise["study"]
@@ -149,15 +161,16 @@ class Home:
             raise StudyError("STUDY_HASH", "the noise was not worked out for this study", NOISE, hint=hint)
         return sigma
 
-    def _load_model(self) -> tuple[checkpoint.Arrays, int, anchors.Anchor]:
+    def _load_model(self) -> tuple[SharedModel, int, anchors.Anchor]:
         """The shared model, its round, and the ledger as it was then; before round 1 the study's initial weights."""
         if not self._model_file.exists():
-            return checkpoint.network_arrays(*self.networks), 0, (0, "")
+            return SharedModel.initial(self.study, self.networks), 0, (0, "")
         arrays, notes = checkpoint.read(self._model_file)
         if notes.get("study") != self.study.hash:
             raise ModelError("MODEL_MISMATCH", "the model belongs to another study", self._model_file.name)
-        checkpoint.load_networks(arrays, *self.networks)
-        return arrays, int(notes["round"]), (int(notes["ledger_seq"]), str(notes["ledger_head"]))
+        model = SharedModel.of_file(self.study, arrays)
+        model.load_into(self.networks)
+        return model, int(notes["round"]), (int(notes["ledger_seq"]), str(notes["ledger_head"]))
 
     def _budget(self, ledger: Ledger) -> Budget:
         p = self.study.privacy

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fedmedgan.client import checkpoint
+from fedmedgan.client import checkpoint, pretrained
 from fedmedgan.client.budget_book import BudgetBook
 from fedmedgan.client.data.declared import load_declared
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.policy import Policy
+from fedmedgan.client.training.estimate import refuse_mixing
 from fedmedgan.shared.agreement import Agreement, Identity, sign
 from fedmedgan.shared.errors import PrivacyError, RunError, StudyError
 from fedmedgan.shared.privacy.accounting import calibrate_noise
@@ -34,6 +35,7 @@ SIGN_AGAIN = "sign the study again, which writes it: `fedmedgan study sign`"
 REQUEST = "override-request.json"
 """What the data owner would have to allow, where another ledger has touched the same patients."""
 STATE = (
+    pretrained.WEIGHTS,
     "model.safetensors",
     ADAM_STATES,
     "update.safetensors",
@@ -58,12 +60,14 @@ def init_home(
     budget_book: Path,
     device: str = "auto",
     passphrase: bytes | None = None,
+    public_images: bool = False,
 ) -> Identity:
     """Make a hospital's home: its rules, its keys. Returns the public identity, which goes to the coordinator.
 
     Args:
         budget_book: folder of the hospital's budget book, which all its homes share; made if it is not there. A
             relative path starts at the home.
+        public_images: the images are public, or drawn; only a simulation says so.
 
     Raises:
         RunError: RUN_PATH, the folder is in use or cannot be written.
@@ -82,7 +86,9 @@ def init_home(
             f"budget_book = {json.dumps(str(budget_book))}  # the same for all homes of this hospital",
             'data_owner_key = ""  # who alone may allow a second ledger on the same patients',
             "min_cohort = 3  # smallest number of hospitals in a sum",
+            'recipes = ["*"]  # networks that may be trained; "*": all that are installed',
             f"device = {json.dumps(device)}",
+            *(["public_images = true  # a simulation's: studies without privacy are allowed"] if public_images else []),
             "",
         ]
         (home / "policy.toml").write_text("\n".join(lines), encoding="utf-8")
@@ -111,19 +117,23 @@ def identity(site: str, own: HospitalKeys) -> Identity:
     return public.signed(own.signing)
 
 
-def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement:
+def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Path | None = None) -> Agreement:
     """The hospital enters a study: its policy grants it, the noise is calibrated, its patients are entered in the
     budget book and the terms in the ledger, the hash is signed.
 
     The images are read now: what is signed is that these patients suit the study. Other patients later have to be
     signed for again, and so has a study in which a round's tests failed.
 
+    Args:
+        weights: file of the initial weights, where the study names some.
+
     Returns:
         The agreement with this hospital's signature; the same one is kept in the home.
 
     Raises:
-        StudyError: STUDY_POLICY; STUDY_KEYS, the study has no keys or not this hospital's.
-        PrivacyError: BUDGET_EXHAUSTED, LEDGER_*. DataError: DATA_*.
+        StudyError: STUDY_POLICY; STUDY_KEYS, the study has no keys or not this hospital's; CONFIG_RANGE, no recipe.
+        PrivacyError: BUDGET_EXHAUSTED, LEDGER_*; PRIVACY_MODEL, the recipe mixes patients; PRIVACY_NONE.
+        DataError: DATA_*. ModelError: MODEL_HASH, other initial weights than the study's.
     """
     policy = Policy.load(home / "policy.toml")
     keys = HospitalKeys.load(home / "keys", passphrase)
@@ -133,8 +143,30 @@ def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement
     if (site.signing_key, site.exchange_key, site.wrapping_key) != own:
         raise StudyError("STUDY_KEYS", "the study lists other keys for this hospital", site.name)
     book = BudgetBook.open(home / policy.budget_book)
+    refuse_mixing(study)
+    kept = home / pretrained.WEIGHTS
+    weights = weights or (kept if kept.exists() else None)
+    pretrained.check(study, weights)
     patients = load_declared(Path(policy.data), study, site, pseudonym_key=book.pseudonym_key, home=home)
-    p, rate = study.privacy, study.sampling_rate(site)
+    sigma = 0.0
+    if study.is_private:
+        sigma = _open_in_ledger(home, study, policy, keys, book, patients)
+    _put_away(home, study)
+    pretrained.keep(home, study, weights)
+    noise = {"study": study.hash, "noise_multiplier": sigma}
+    checkpoint.write_bytes(home / NOISE, json.dumps(noise).encode())
+    agreement = Agreement(study).with_signature(site.name, sign(study, keys.signing))
+    if not (home / "study.json").exists():  # joining again must not lose the others' signatures
+        keep(home, agreement)
+    return agreement
+
+
+def _open_in_ledger(
+    home: Path, study: Study, policy: Policy, keys: HospitalKeys, book: BudgetBook, patients: PatientImages
+) -> float:
+    """Enter the study and its patients in the book and the ledger, under their locks. Returns sigma."""
+    site, p = study.site(policy.site), study.privacy
+    rate = study.sampling_rate(site)
     sigma = calibrate_noise(epsilon=p.epsilon, delta=p.delta, sampling_rate=rate, steps=study.total_steps)
     terms = Terms(
         delta=p.delta,
@@ -155,13 +187,7 @@ def join(home: Path, study: Study, passphrase: bytes | None = None) -> Agreement
                 ledger.close_study(earlier)
         ledger.open_study(study.hash, terms)
         book.saw(ledger.history)
-    _put_away(home, study)
-    noise = {"study": study.hash, "noise_multiplier": sigma}
-    checkpoint.write_bytes(home / NOISE, json.dumps(noise).encode())
-    agreement = Agreement(study).with_signature(site.name, sign(study, keys.signing))
-    if not (home / "study.json").exists():  # joining again must not lose the others' signatures
-        keep(home, agreement)
-    return agreement
+    return sigma
 
 
 def _refuse_reopening(ledger: Ledger, study: Study, delta: float) -> None:

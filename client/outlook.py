@@ -60,7 +60,7 @@ def outlook(home: Path) -> Outlook:
     trained = max(_round_of(home / "model.safetensors"), _round_of(home / "update.safetensors"))
     t, rate = study.training, study.sampling_rate(study.site(policy.site))
     ended = history.is_closed(study.hash) or (home / LEFT).exists()
-    planned = [TrainingSteps(_noise(home), rate, t.local_steps)] if trained < t.rounds and not ended else []
+    planned = [TrainingSteps(_noise(home), rate, study.steps_per_round)] if trained < t.rounds and not ended else []
     elsewhere, ceiling = list[TrainingSteps](), policy.max_epsilon
     if history.studies:
         book.check(history, path)

@@ -32,8 +32,10 @@ class Policy(BaseModel):
     """Ed25519 public key of the data owner, who alone can allow a second ledger on the same patients."""
     min_cohort: Annotated[int, Field(ge=MIN_SITES)] = MIN_SITES
     """Smallest number of hospitals whose sum this hospital joins."""
-    recipes: Annotated[tuple[str, ...], Field(min_length=1)] = ("cdcgan",)
-    """Networks that this hospital trains."""
+    recipes: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    """Recipes that this hospital trains; ``["*"]``: all that are installed."""
+    public_images: bool = False
+    """Whether the images here are public, so that a study without privacy may be trained on them."""
     max_parameters: Annotated[int, Field(ge=1)] = 50_000_000
     """Largest model that this hospital trains: more weights can hold more of a patient."""
     require_encryption: Literal[True] = True
@@ -67,7 +69,10 @@ class Policy(BaseModel):
         if study.privacy.epsilon > self.max_epsilon:
             what = f"the study asks for epsilon {study.privacy.epsilon:g}, this hospital allows {self.max_epsilon:g}"
             raise PrivacyError("BUDGET_EXHAUSTED", what, "policy.toml: max_epsilon")
-        if study.gan.recipe not in self.recipes:
+        if not study.is_private and not self.public_images:
+            what = "the study promises patients no privacy, and the images here are not said to be public"
+            raise PrivacyError("PRIVACY_NONE", what, "policy.toml: public_images")
+        if study.gan.recipe not in self.recipes and "*" not in self.recipes:
             raise StudyError("STUDY_POLICY", f"the recipe {study.gan.recipe} is not allowed", "policy.toml: recipes")
         if len(study.sites) < self.min_cohort:
             what = f"{len(study.sites)} hospitals, this one wants {self.min_cohort}"

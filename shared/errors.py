@@ -70,6 +70,8 @@ HINTS: dict[str, str] = {
     "PRIVACY_ACCOUNTANTS": "two independent accountants disagree: report this as a bug",
     "PRIVACY_PROOF": "the update was thrown away; report this, look into it, then sign the study again",
     "PRIVACY_MODEL": "the network is not safe for per-patient gradients; use a listed recipe",
+    "PRIVACY_NONE": "no hospital grants a study without privacy on its patients; set a privacy section in the study",
+    "PRIVACY_RELEASE": "what was computed from patients stays at the hospital; release only what `may_leave` gives",
     "BUDGET_EXHAUSTED": "the round was not started; only the data owner can raise the budget",
     "LEDGER_CORRUPT": "restore the ledger from a backup and report it: it must never be edited",
     "LEDGER_LOCKED": "another process is using this ledger; wait for it to end",

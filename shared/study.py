@@ -58,6 +58,8 @@ class Images(_Part):
 
     size: Literal[28, 32, 64, 128, 256] = 64
     """Side in pixels; images are square, one channel."""
+    dimensions: int = 2
+    """Images are slices or projections. Volumes (3) are not supported."""
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=20)] = ("clear", "opacity")
     modalities: Annotated[tuple[str, ...], Field(min_length=1)] = ("CR", "DX")
     """DICOM Modality (0008,0060) values that are taken."""
@@ -200,6 +202,9 @@ class Study(_Part):
     @model_validator(mode="after")
     def _recipe_is_private(self) -> Study:
         """What is known of a recipe without reading it; its own file is probed by whoever has it installed."""
+        if self.images.dimensions != 2:
+            what, hint = "3-D recipes are not there: images have two dimensions", "train on slices"
+            raise StudyError("CONFIG_RANGE", what, "images.dimensions", hint=hint)
         gan, t = self.gan, self.training
         both = gan.private == "both"
         if self.is_private:

@@ -2,11 +2,12 @@
 
     federated      the run itself
     alone-<site>   each hospital by itself: same steps, same sigma, so the same epsilon, spent once more
-    no-privacy     federated averaging without clipping, noise or encryption: simulation only, never for real patients
+    fedavg         federated, private, plain averaging of both networks: where the study aggregates in another way
+    no-privacy     federated without clipping, noise or encryption: simulation only, never for real patients
 
-Each arm is trained by the very code of the hospitals (fedmedgan.client.training), and judged by training a small
-classifier on its synthetic images and testing it on real images of other patients (TSTR), which a simulation may do
-freely because its test patients are nobody's.
+Each arm is trained by the very code of the hospitals (fedmedgan.client.training). Generated images are judged by
+training a small classifier on them and testing it on real images of other patients (TSTR); an image-to-image arm by how
+near it comes to the real target. A simulation may do that freely because its test patients are nobody's.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmedgan.client import checkpoint
+from fedmedgan.client import checkpoint, pretrained
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.data.patients import PatientImages, load_patients
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe as recipes
+from fedmedgan.client.gans.pix2pix import Pix2Pix
+from fedmedgan.client.gans.recipe import Records, Synthesis
 from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
 from fedmedgan.client.release.generate import generate
+from fedmedgan.client.release.similarity import mae, psnr, ssim
+from fedmedgan.client.shared_model import GENERATOR, SharedModel, shared_part
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
@@ -40,7 +45,7 @@ from fedmedgan.shared.errors import DataError
 from fedmedgan.shared.privacy.budget import preview
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.history import read as read_ledger
-from fedmedgan.shared.study import Study
+from fedmedgan.shared.study import Aggregation, Study
 from fedmedgan.simulations import consortium
 
 SYNTHETIC_IMAGES = 2000
@@ -52,6 +57,8 @@ class _Arm:
     label: str
     private: bool
     sites: tuple[str, ...]
+    aggregation: Aggregation | None = None
+    """In place of the study's."""
 
 
 def refuse_training_images(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> None:
@@ -68,9 +75,13 @@ def run(run_folder: Path, study: Study, *, test_folders: Sequence[Path], insecur
     Args:
         test_folders: labelled DICOM images of other patients, to test classifiers on; without, arms are only shown.
     """
-    arms = [_Arm("federated", "federated, private", True, tuple(s.name for s in study.sites))]
-    arms += [_Arm(f"alone-{s.name}", f"{s.name} alone, private", True, (s.name,)) for s in study.sites]
-    arms += [_Arm("no-privacy", "federated, WITHOUT privacy", False, tuple(s.name for s in study.sites))]
+    everybody, promise = tuple(site.name for site in study.sites), "private" if study.is_private else "WITHOUT privacy"
+    arms = [_Arm("federated", f"federated, {promise}", study.is_private, everybody)]
+    arms += [_Arm(f"alone-{name}", f"{name} alone, {promise}", study.is_private, (name,)) for name in everybody]
+    if study.aggregation != Aggregation():
+        arms += [_Arm("fedavg", f"plain averaging, {promise}", study.is_private, everybody, Aggregation())]
+    if study.is_private:
+        arms += [_Arm("no-privacy", "federated, WITHOUT privacy", False, everybody)]
     (run_folder / "arms").mkdir()
     workers = min(len(arms), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
@@ -93,26 +104,52 @@ def _run_arm(
     homes = [consortium.home_of(run_folder, name) for name in arm.sites]
     random: RandomSource = SystemRandom() if insecure_seed is None else InsecureRandom(insecure_seed)
     if arm.name == "federated":
-        generator: nn.Module = Hospital(homes[0]).networks[0]
+        generator: nn.Module = Hospital(homes[0]).released_generator()
     else:
-        generator = _train(study, homes, private=arm.private, random=random)
+        changed = study.model_copy(update={"aggregation": arm.aggregation}) if arm.aggregation else study
+        generator = _train(changed, homes, private=arm.private, random=random)
     seconds = time.perf_counter() - began
-    images, labels = generate(generator, study, SYNTHETIC_IMAGES, seed=study.gan.init_seed)
-    as_bytes = np.round((images + 1) * 127.5).astype(np.uint8)
-    np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels)
-    sheet = pictures.by_class(images, labels, len(study.images.classes), SAMPLE_COLUMNS)
-    (run_folder / "arms" / f"{arm.name}.png").write_bytes(pictures.png(sheet))
     return {
         "name": arm.name,
         "label": arm.label,
         "private": arm.private,
         "epsilon": max(_epsilon(study, home, arm) for home in homes) if arm.private else None,
         "delta": study.privacy.delta if arm.private else None,
-        "tstr": _tstr(study, images, labels, _test_sets(study, test_folders)) if test_folders else None,
-        "images": f"arms/{arm.name}.npz",
         "picture": f"arms/{arm.name}.png",
         "seconds": seconds,
+        **_judged(run_folder, study, arm, generator, _test_sets(study, test_folders)),
     }
+
+
+def _judged(
+    run_folder: Path, study: Study, arm: _Arm, generator: nn.Module, test: list[PatientImages]
+) -> dict[str, Any]:
+    """A picture of what the generator makes, and how good it is, which depends on what it is for."""
+    recipe, classes = recipes.load(study), len(study.images.classes)
+    path = run_folder / "arms" / f"{arm.name}.png"
+    if not isinstance(recipe, Synthesis):
+        sheet = pictures.grid(recipe.samples(generator, classes, SAMPLE_COLUMNS, study.gan.init_seed), SAMPLE_COLUMNS)
+        path.write_bytes(pictures.png(sheet))
+        return {"similarity": _similarity(recipe, generator, test) if test and isinstance(recipe, Pix2Pix) else None}
+    images, labels = generate(generator, study, SYNTHETIC_IMAGES, seed=study.gan.init_seed)
+    as_bytes = np.round((images + 1) * 127.5).astype(np.uint8)
+    np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels)
+    path.write_bytes(pictures.png(pictures.by_class(images, labels, classes, SAMPLE_COLUMNS)))
+    judged = bool(test) and classes > 1
+    return {"tstr": _tstr(study, images, labels, test) if judged else None, "images": f"arms/{arm.name}.npz"}
+
+
+def _similarity(recipe: Pix2Pix, generator: nn.Module, test: list[PatientImages]) -> dict[str, float]:
+    """Mean over the test images of what the generator makes of them, beside the input as it is."""
+    images, labels = _pooled(test)
+    targets = [t.images_N1HW if t.targets_N1HW is None else t.targets_N1HW for t in test]
+    records = Records(*(torch.from_numpy(a) for a in (images, labels, np.concatenate(targets).astype(np.float32))))
+    given, wanted = recipe.input_and_output(records, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made = torch.cat([generator(part) for part in given.split(64)]).clamp(-1, 1)
+    measures = {"psnr": psnr, "ssim": ssim, "mae": mae}
+    found = {name: float(measure(made, wanted).mean()) for name, measure in measures.items()}
+    return found | {f"{name}_input": float(measure(given, wanted).mean()) for name, measure in measures.items()}
 
 
 def _epsilon(study: Study, home: Path, arm: _Arm) -> float:
@@ -125,11 +162,11 @@ def _epsilon(study: Study, home: Path, arm: _Arm) -> float:
 
 def _train(study: Study, homes: list[Path], *, private: bool, random: RandomSource) -> nn.Module:
     """Federated averaging in the clear over these hospitals; with one of them, plain local training."""
-    hospitals = [Hospital(home) for home in homes]
+    hospitals, recipe = [Hospital(home) for home in homes], recipes.load(study)
     trainers = [
         LocalTrainer(
             study,
-            *cdcgan.build(study.images, study.gan),
+            *pretrained.networks(recipe, h.home),
             PatientSampler(h.load_patients(), study.sampling_rate(h.site), random),
             noise_multiplier=h.sigma if private else None,
             random=random,
@@ -137,21 +174,23 @@ def _train(study: Study, homes: list[Path], *, private: bool, random: RandomSour
         )
         for h in hospitals
     ]
-    shared = cdcgan.build(study.images, study.gan)
-    model = checkpoint.network_arrays(*shared)
+    shared = pretrained.networks(recipe, homes[0])
+    model = SharedModel.initial(study, shared)
     weights = np.array([h.site.weight for h in hospitals], dtype=float)
-    for _ in range(study.training.rounds):
-        locals_ = []
+    for number in range(1, study.training.rounds + 1):
+        updates = []
         for trainer in trainers:
-            checkpoint.load_networks(model, trainer.generator, trainer.discriminator)
+            networks = (trainer.generator, trainer.discriminator)
+            model.load_into(networks)
             trainer.train(study.training.local_steps)
-            locals_.append(checkpoint.network_arrays(trainer.generator, trainer.discriminator))
-        model = {
-            name: np.average([arrays[name] for arrays in locals_], axis=0, weights=weights).astype(np.float32)
-            for name in model
-        }
-    checkpoint.load_networks(model, *shared)
-    return shared[0]
+            trained = shared_part(study, checkpoint.network_arrays(*networks))
+            updates.append(checkpoint.flatten(trained) - checkpoint.flatten(model.weights))
+        model = model.advanced(np.average(updates, axis=0, weights=weights).astype(np.float32), number)
+    generator = shared[0]
+    generator.load_state_dict(
+        {n.removeprefix(GENERATOR): torch.from_numpy(a) for n, a in model.released_generator().items()}
+    )
+    return generator
 
 
 def _pooled(sets: Sequence[PatientImages]) -> tuple[np.ndarray, np.ndarray]:

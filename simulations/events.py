@@ -187,13 +187,15 @@ class Trained:
     seconds: Seconds
     generator_loss: float
     discriminator_fake_loss: float
-    epsilon: Annotated[float, Field(ge=0)]
-    """Spent in this study after this round."""
-    ceiling: Annotated[float, Field(gt=0)]
-    noise_multiplier: Annotated[float, Field(ge=0)]
+    epsilon: Annotated[float, Field(ge=0)] | None
+    """Spent in this study after this round; None in a study without privacy, like the next two."""
+    ceiling: Annotated[float, Field(gt=0)] | None
+    noise_multiplier: Annotated[float, Field(ge=0)] | None
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     checks: dict[Literal["noise", "clipping", "rows", "sampling"], Verdict]
     """What the tests of noise, clipping, rows and sampling said."""
+    method: str
+    """How gradients of single records were found (client/training/private_step.py)."""
     quantize_seconds: Seconds = 0.0
 
 

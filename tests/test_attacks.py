@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_study
+from torch.nn import functional
 
 from fedmedgan.audit.bounds import CONFIDENCE, Finding, one_run_epsilon
 from fedmedgan.audit.generator_attacks import gate, generator_attacks
 from fedmedgan.audit.many_run import many_run_audit, toy_study
 from fedmedgan.audit.mirror import Canaries, Seen, clipped_rows, watch
 from fedmedgan.audit.one_run import log_ratio_drawn, one_run_audit, plan, without_fakes
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe
 from fedmedgan.client.training.local_round import LocalTrainer
 from fedmedgan.client.training.randomness import InsecureRandom
 from fedmedgan.shared.errors import DataError
@@ -71,14 +72,15 @@ def test_without_noise_the_rest_is_the_sum_of_the_members_rows():
 
 
 def test_the_attacks_rows_are_the_gradients_one_by_one():
-    study = tiny_study()
-    network = cdcgan.build(study.images, study.gan)[1]
+    study = tiny_study(privacy={"clip_norm": 2.0})
+    used = recipe.load(study)
+    network = used.networks()[1]
     canaries = Canaries(study, 4, InsecureRandom(2))
     is_real = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    rows = clipped_rows(network, canaries.images_M1SS, canaries.labels_M, is_real, 2.0)
+    rows = clipped_rows(used, network, canaries.images_M1SS, canaries.labels_M, is_real)
     for i in range(4):
         logits = network(canaries.images_M1SS[i : i + 1], canaries.labels_M[i : i + 1])
-        loss = cdcgan.discriminator_losses(logits, is_real[i : i + 1]).sum()
+        loss = functional.binary_cross_entropy_with_logits(logits, is_real[i : i + 1])
         slow = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
         slow *= min(1.0, 2.0 / float(slow.norm()))
         assert torch.allclose(rows[i], slow, atol=1e-5)
@@ -222,7 +224,7 @@ def test_too_few_canaries_say_so(eight):
 
 def test_the_toy_has_ten_thousand_weights():
     study = toy_study()
-    assert 8_000 < sum(p.numel() for p in cdcgan.build(study.images, study.gan)[1].parameters()) < 15_000
+    assert 8_000 < sum(p.numel() for p in recipe.load(study).networks()[1].parameters()) < 15_000
 
 
 def test_many_honest_runs_stay_below_the_theory():

@@ -47,7 +47,7 @@ from torch import nn
 from fedmedgan.cli import main, output
 from fedmedgan.client import checkpoint
 from fedmedgan.client.cycle import Hospital
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe
 from fedmedgan.client.training.local_round import LocalTrainer
 from fedmedgan.client.training.private_step import refuse_unsafe
 from fedmedgan.server.aggregation import RoundSum
@@ -650,7 +650,7 @@ def no_folder(folder: Path) -> Callable:
 # checkpoints
 
 
-NETWORKS = cdcgan.build(STUDY.images, STUDY.gan)
+NETWORKS = recipe.load(STUDY).networks()
 WEIGHTS = checkpoint.network_arrays(*NETWORKS)
 
 

@@ -64,7 +64,7 @@ def test_two_rounds_end_with_the_same_model_everywhere_and_the_mean_is_exact(key
         plan = before[0].plan
         slow_mean = sum(w * (q - (plan.levels - 1) // 2) * plan.step for w, q in zip(weights, levels, strict=True))
         slow_mean = slow_mean / sum(weights)
-        moved = checkpoint.flatten(hospitals(keyed)[0].model) - checkpoint.flatten(before[0].model)
+        moved = checkpoint.flatten(hospitals(keyed)[0].model.weights) - checkpoint.flatten(before[0].model.weights)
         np.testing.assert_allclose(moved, slow_mean, atol=1e-6)
         assert np.abs(moved).max() > 0
 

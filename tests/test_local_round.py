@@ -8,7 +8,7 @@ from conftest import tiny_study
 
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, SystemRandom
 
@@ -27,7 +27,7 @@ def test_a_patient_is_in_a_batch_at_most_once_and_as_often_as_the_rate_says():
     sampler = PatientSampler(data, 0.3, InsecureRandom(3))
     seen, sizes = np.zeros(8), []
     for _ in range(3000):
-        images, labels, _ = sampler.draw()
+        (images, labels, _), _ = sampler.draw()
         who = np.rint(images[:, 0, 0, 0].numpy() * 100).astype(int)
         assert len(set(who)) == len(who), "a patient with nine images is one row like any other"
         assert np.array_equal(labels.numpy(), who % 2)
@@ -39,7 +39,7 @@ def test_a_patient_is_in_a_batch_at_most_once_and_as_often_as_the_rate_says():
 
 def test_an_empty_batch_is_trained_on():
     sampler = PatientSampler(patients([1] * 10), 1e-9, SystemRandom())
-    images, labels, _ = sampler.draw()
+    (images, labels, _), _ = sampler.draw()
     assert (images.shape, labels.shape) == ((0, 1, 28, 28), (0,))
     losses = trainer(sampler, noise_multiplier=1.0).train(2)
     assert np.isfinite([losses.generator, losses.discriminator_on_fakes]).all()
@@ -47,7 +47,7 @@ def test_an_empty_batch_is_trained_on():
 
 def trainer(sampler: PatientSampler, **options) -> LocalTrainer:
     study = tiny_study(3, training={"discriminator_steps": options.pop("discriminator_steps", 1)})
-    networks = cdcgan.build(study.images, study.gan)
+    networks = recipe.load(study).networks()
     return LocalTrainer(study, *networks, sampler, random=SystemRandom(), device=torch.device("cpu"), **options)
 
 
@@ -68,4 +68,4 @@ def test_the_number_of_fakes_never_follows_the_poisson_batch(monkeypatch):
     forward = one.generator.forward
     monkeypatch.setattr(one.generator, "forward", lambda z, y: rows.append(len(z)) or forward(z, y))
     one.train(6)
-    assert set(rows) == {one.study.training.patients_per_step}
+    assert set(rows) == {2, one.study.training.patients_per_step}, "two rows in the probe before the first patient"

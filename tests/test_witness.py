@@ -17,7 +17,8 @@ from test_local_round import patients
 from torch import nn
 from torch.nn import functional
 
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import cdcgan, recipe
+from fedmedgan.client.gans.recipe import Records
 from fedmedgan.client.training import noise_check, sampling_check
 from fedmedgan.client.training.local_round import Batch, LocalTrainer, PatientSampler
 from fedmedgan.client.training.noise_check import NoiseCheck
@@ -37,7 +38,7 @@ def trainer(sampler=None, networks=None, *, random=None, width=4, **options) -> 
         training={"patients_per_step": PER_STEP, "discriminator_steps": 5},
         gan={"discriminator_width": width},
     )
-    networks = networks or cdcgan.build(study.images, study.gan)
+    networks = networks or recipe.load(study).networks()
     sampler = sampler or PatientSampler(patients([1] * PATIENTS), PER_STEP / PATIENTS, SystemRandom())
     options = {"noise_multiplier": 1.1, "device": torch.device("cpu")} | options
     return LocalTrainer(study, *networks, sampler, random=random or SystemRandom(), **options)
@@ -54,8 +55,8 @@ def after(one: LocalTrainer, steps: int = STEPS) -> dict[str, str]:
 def test_an_honest_round_passes_and_a_second_one_with_the_same_witness():
     one = trainer()
     assert after(one) == PASSED
-    again = trainer(witness=one.witness)
-    assert again.witness is one.witness
+    again = trainer(witness=one.d.witness)
+    assert again.d.witness is one.d.witness
     assert after(again) == PASSED
 
 
@@ -63,8 +64,13 @@ def test_honest_rounds_raise_no_false_alarm():
     sampler = PatientSampler(patients([1, 5, 2, 1] * 12), PER_STEP / PATIENTS, SystemRandom())
     one = trainer(sampler)
     for _ in range(60):
-        one.witness = one.step.optimizer.witness = Witness(
-            noise_multiplier=1.1, clip_norm=1.0, sampling_rate=PER_STEP / PATIENTS, fakes=PER_STEP, patients=PATIENTS
+        one.d.witness = one.d.step.optimizer.witness = Witness(
+            noise_multiplier=1.1,
+            clip_norm=1.0,
+            sampling_rate=PER_STEP / PATIENTS,
+            fakes=PER_STEP,
+            patients=PATIENTS,
+            declared=PATIENTS,
         )
         assert not failed_checks(after(one, 2))
 
@@ -136,7 +142,7 @@ def test_a_batch_without_patients_is_fine():
 
 def test_a_witness_is_never_stored():
     with pytest.raises(TypeError, match="never stored"):
-        pickle.dumps(trainer().witness)
+        pickle.dumps(trainer().d.witness)
 
 
 # faults of the noise
@@ -214,7 +220,7 @@ class WithMemory(SystemRandom):
 )
 def test_other_noise_fails(random, steps):
     one = trainer()
-    one.step.optimizer.random = random
+    one.d.step.optimizer.random = random
     for _ in range(steps):  # not by `train`, which refuses weights that are NaN
         one._discriminator_step()
     assert one.checks["noise"] == "failed"
@@ -236,14 +242,14 @@ def test_noise_that_is_missing_in_one_layer_fails(layer, steps, monkeypatch):
 
 def test_ten_percent_less_noise_fails_in_one_real_step():
     one = trainer(width=16)
-    one.step.optimizer.noise_std *= 0.9
+    one.d.step.optimizer.noise_std *= 0.9
     assert after(one, 1) == PASSED | {"noise": "failed", "sampling": "too-few"}
 
 
 def test_a_seed_that_every_round_sets_again_fails_if_the_witness_goes_on():
     first = trainer(random=InsecureRandom(5))
     assert not failed_checks(after(first, 2))
-    again = trainer(random=InsecureRandom(5), witness=first.witness)
+    again = trainer(random=InsecureRandom(5), witness=first.d.witness)
     assert after(again, 2)["noise"] == "failed"
 
 
@@ -281,12 +287,12 @@ def test_norms_that_are_too_small_fail(monkeypatch):
 @pytest.mark.parametrize("factor", [2.0, 1.001, 0.5])
 def test_another_clip_norm_than_declared_fails_though_no_row_may_reach_it(factor):
     one = trainer()
-    one.step.optimizer.max_grad_norm *= factor
+    one.d.step.optimizer.max_grad_norm *= factor
     assert after(one, 1)["clipping"] == "failed"
 
 
 def test_a_step_of_no_rows_is_a_sum_of_zeros():
-    witness = Witness(noise_multiplier=1.0, clip_norm=1.0, sampling_rate=0.5, fakes=0, patients=4)
+    witness = Witness(noise_multiplier=1.0, clip_norm=1.0, sampling_rate=0.5, fakes=0, patients=4, declared=4)
     network = nn.Sequential(nn.Flatten(), nn.Linear(784, 1))
     sgd = torch.optim.SGD(network.parameters(), lr=0.1)
     options = {"noise_multiplier": 1.0, "clip_norm": 1.0, "divisor": 2, "random": SystemRandom(), "witness": witness}
@@ -299,7 +305,7 @@ def test_a_step_of_no_rows_is_a_sum_of_zeros():
 def test_a_step_that_goes_round_the_witness_fails_everything(monkeypatch):
     every = dict.fromkeys(PASSED, "failed")
     one = trainer()
-    one.step.optimizer.step_hook = None
+    one.d.step.optimizer.step_hook = None
     assert after(one, 2) == every
     monkeypatch.setattr(Witness, "saw_rows", NoWitness.saw_rows)
     assert after(trainer(), 2) == every
@@ -319,7 +325,7 @@ def test_hostile_images_are_clipped_or_counted_as_zero(pixel):
 def test_hostile_images_that_are_not_counted_as_zero_fail(monkeypatch):
     monkeypatch.setattr(RowGradients, "forget", lambda self, records_N: None)
     one = hostile(trainer(), float("nan"), every=1)
-    one._probe()
+    one.probe()
     one._discriminator_step()
     assert {"clipping", "noise"} <= set(failed_checks(one.checks))
 
@@ -361,7 +367,7 @@ class Reflecting(cdcgan.Discriminator):
 def test_a_network_that_mixes_rows_or_hides_its_gradient_fails(kind, monkeypatch):
     monkeypatch.setattr("fedmedgan.client.training.private_step.refuse_unsafe", lambda network: None)
     study = tiny_study()
-    networks = cdcgan.build(study.images, study.gan)[0], kind(study.images, study.gan)
+    networks = recipe.load(study).networks()[0], kind(study.images, study.gan)
     checks = after(trainer(networks=networks))
     assert failed_checks(checks) == ["rows"]
 
@@ -370,8 +376,8 @@ class OneMore(PatientSampler):
     """A patient comes along who was not drawn."""
 
     def draw(self) -> Batch:
-        images, labels, who = super().draw()
-        return Batch(torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]]), who)
+        records, who = super().draw()
+        return Batch(Records(*(torch.cat([part, part[:1]]) for part in records)), who)
 
 
 def test_a_row_that_nobody_drew_fails():
@@ -392,7 +398,8 @@ class Chosen(PatientSampler):
     def draw(self) -> Batch:
         who = torch.as_tensor(self.choose(self.step, len(self.count)))
         self.step += 1
-        return Batch(self.images[who].float(), self.labels[who], who)
+        images = self.images[who].float()
+        return Batch(Records(images, self.labels[who], images), who)
 
 
 CHANCE = np.random.default_rng(3)

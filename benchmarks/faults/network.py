@@ -27,7 +27,7 @@ from faults.invariants import violations
 from faults.protocol import events, secrets_of
 from faults.proxy import Fault, Proxy
 from fedmedgan.client import checkpoint
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe
 from fedmedgan.deploy import kits, processes
 from fedmedgan.deploy.environment import BIN
 from fedmedgan.deploy.kit_config import Consortium
@@ -201,7 +201,7 @@ def recovery(faults: list[Fault], applied: list[float]) -> list[float]:
 
 def wrong_sums(folder: Path, study: Study) -> tuple[int, int]:
     """Rounds whose model is not the one before plus the mean of the plaintext levels; and how many were compared."""
-    networks = cdcgan.build(study.images, study.gan)
+    networks = recipe.load(study).networks()
     model = checkpoint.network_arrays(*networks)
     plan = plan_for(study, checkpoint.flatten(model).size)
     reported = {e["round"]: e["model_hash"] for e in events(folder) if e["event"] == "round_applied"}

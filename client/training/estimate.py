@@ -1,4 +1,4 @@
-"""How large and how slow a study's networks are, measured on random images, before any patient is read."""
+"""What a study's recipe is like, found on random images before any patient is read: size, speed, does it mix rows?"""
 
 from __future__ import annotations
 
@@ -9,38 +9,71 @@ import torch
 
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
-from fedmedgan.client.gans import cdcgan
+from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import SystemRandom
+from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.study import Study
 
 PROBE_STEPS = 4
 
 
 def parameters(study: Study) -> int:
-    """Values in one update: the weights of both networks."""
-    return sum(p.numel() for network in cdcgan.build(study.images, study.gan) for p in network.parameters())
+    """Values in one update: the weights that are shared."""
+    generator, discriminator = recipes.load(study).networks()
+    shared = (generator, discriminator) if study.aggregation.share == "both" else (generator,)
+    return sum(p.numel() for network in shared for p in network.parameters())
+
+
+def refuse_mixing(study: Study) -> None:
+    """Refuse a recipe in which one record's part of a step depends on other records.
+
+    The types of its layers are looked at, and it is tried: random records, one of which is changed, may change nothing
+    of the others. A study without privacy is only asked whether the recipe fits it.
+
+    Raises:
+        StudyError: CONFIG_RANGE, there is no such recipe, or it does not fit the study.
+        PrivacyError: PRIVACY_MODEL.
+    """
+    recipes.load(study)
+    if not study.is_private:
+        return
+    trainer = _trainer(study)
+    trainer.probe()
+    trainer.close()
+    if not trainer.rows_apart():
+        what = "in a step, what comes of one record depends on other records, so no patient's part can be bounded"
+        hint = 'take another recipe or other layers, or set privacy = "none" for public images'
+        raise PrivacyError("PRIVACY_MODEL", what, f"gan.recipe: {study.gan.recipe}", hint=hint)
 
 
 def step_seconds(study: Study) -> float:
-    """Seconds of one private step with its share of generator steps, on the CPU, one thread."""
-    random, n = SystemRandom(), 4 * study.training.patients_per_step
-    noise = np.random.default_rng(0).random((n, 1, study.images.size, study.images.size)).astype(np.float16)
-    patients = PatientImages(noise, np.zeros(n, np.int64), np.arange(n), n, FolderReport((), n, n), ())
+    """Seconds of one discriminator step with its share of generator steps, on the CPU, one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trainer = LocalTrainer(
-            study,
-            *cdcgan.build(study.images, study.gan),
-            PatientSampler(patients, 0.25, random),
-            noise_multiplier=1.0,
-            random=random,
-            device=torch.device("cpu"),
-        )
+        trainer = _trainer(study)
         trainer.train(1)
         began = time.perf_counter()
         trainer.train(PROBE_STEPS)
         return (time.perf_counter() - began) / PROBE_STEPS
     finally:
         torch.set_num_threads(threads)
+
+
+def _trainer(study: Study) -> LocalTrainer:
+    """A trainer on random patients, a quarter of whom is in each step."""
+    random, n = SystemRandom(), 4 * study.training.patients_per_step
+    size = study.images.size
+    noise = np.random.default_rng(0).random((n, 1, size, size)).astype(np.float16)
+    targets = noise if study.images.paired else None
+    labels = np.arange(n) % len(study.images.classes)
+    patients = PatientImages(noise, labels, np.arange(n), n, FolderReport((), n, n), (), targets_N1HW=targets)
+    return LocalTrainer(
+        study,
+        *recipes.load(study).networks(),
+        PatientSampler(patients, 0.25, random),
+        noise_multiplier=1.0 if study.is_private else None,
+        random=random,
+        device=torch.device("cpu"),
+    )

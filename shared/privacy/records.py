@@ -29,7 +29,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -317,6 +317,13 @@ def _problem(body: Any) -> str:
 def not_run() -> dict[str, str]:
     """The verdicts of a round whose tests did not run."""
     return dict.fromkeys(CHECKS, "not-run")
+
+
+def worst_checks(found: Iterable[dict[str, str]]) -> dict[str, str]:
+    """One verdict for each test, of several networks that were trained: the worst; "not-run" where there is none."""
+    order = ("failed", "not-run", "too-few", "passed")
+    all_found = list(found)
+    return {name: min((f[name] for f in all_found), key=order.index, default="not-run") for name in CHECKS}
 
 
 def failed_checks(checks: dict[str, str]) -> Sequence[str]:

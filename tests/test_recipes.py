@@ -1,0 +1,368 @@
+"""Every recipe through the one engine: trained, private record by record, and refused where it would not be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_study
+from test_local_round import patients
+from torch import nn
+
+from fedmedgan.client import gans
+from fedmedgan.client.data.patients import PatientImages
+from fedmedgan.client.gans import recipe as recipes
+from fedmedgan.client.gans.parts.translation import degraded
+from fedmedgan.client.gans.recipe import Fakes, Records
+from fedmedgan.client.training.estimate import refuse_mixing
+from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
+from fedmedgan.client.training.randomness import SystemRandom
+from fedmedgan.shared.errors import FedMedGanError, PrivacyError, StudyError
+from fedmedgan.shared.privacy.records import failed_checks
+from fedmedgan.shared.study import Study
+
+SMALL = {"generator_width": 4, "discriminator_width": 4, "latent": 8}
+ONE_CLASS = {"images": {"classes": ("any",)}}
+KINDS: dict[str, dict] = {
+    "vanilla": ONE_CLASS,
+    "dcgan": ONE_CLASS,
+    "cdcgan": {},
+    "wgan": {},
+    "wgan_gp": {},
+    "acgan": {},
+    "pix2pix": {"gan": {"private": "both", "task": "denoise"}},
+    "cyclegan": {"gan": {"private": "both"}},
+}
+
+
+def study_of(name: str, **sections) -> Study:
+    merged: dict[str, dict] = {"images": {"size": 28}, "training": {"discriminator_steps": 1, "local_steps": 2}}
+    for given in (KINDS.get(name, {}), sections):
+        for section, values in given.items():
+            merged[section] = merged.get(section, {}) | values if isinstance(values, dict) else values
+    merged["gan"] = {"recipe": name, **SMALL} | merged.get("gan", {})
+    return tiny_study(**merged)
+
+
+def some_patients(study: Study, n: int = 24) -> PatientImages:
+    found = patients([1] * n)
+    labels = found.labels_N % len(study.images.classes)
+    targets = found.images_N1HW if study.images.paired else None
+    random = np.random.default_rng(1).random(found.images_N1HW.shape).astype(np.float16) * 2 - 1
+    size = study.images.size
+    images = random if size == 28 else np.resize(random, (len(random), 1, size, size))
+    return PatientImages(images, labels, found.patient_N, n, found.report, (), targets_N1HW=targets)
+
+
+def trainer_of(study: Study, **options) -> LocalTrainer:
+    return LocalTrainer(
+        study,
+        *recipes.load(study).networks(),
+        PatientSampler(some_patients(study), 0.25, SystemRandom()),
+        random=SystemRandom(),
+        device=torch.device("cpu"),
+        **({"noise_multiplier": 1.0} | options),
+    )
+
+
+def weights_of(one: LocalTrainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in (*one.generator.parameters(), *one.discriminator.parameters())]
+
+
+def test_every_file_is_a_recipe():
+    assert recipes.known() == sorted(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("noise_multiplier", [1.0, None])
+def test_a_recipe_is_trained_and_no_check_fails(name, noise_multiplier):
+    study = study_of(name, training={"local_steps": 4})
+    one = trainer_of(study, noise_multiplier=noise_multiplier)
+    before = weights_of(one)
+    losses = one.train(4)
+    assert np.isfinite([losses.generator, losses.discriminator_on_fakes]).all()
+    still = [torch.equal(a, b) for a, b in zip(before, weights_of(one), strict=True)]
+    assert not all(still[: len(still) // 2])
+    assert not all(still[len(still) // 2 :])
+    if noise_multiplier:
+        checks = one.checks
+        assert not failed_checks(checks)
+        assert checks["rows"] == checks["clipping"] == "passed"
+        assert one.method == ("functional" if name == "wgan_gp" else "book-keeping")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_a_patient_the_clipped_sum_moves_by_c_at_most(name):
+    """The sensitivity itself, of each network that sees patients, not by the witness but by leaving a record out."""
+    study = study_of(name)
+    one, full = trainer_of(study), records_of(study, 5)
+    one_less = Records(*(part[1:] for part in full))
+    for side in ("d", "g") if study.gan.private == "both" else ("d",):
+        moved = clipped_sum(one, side, full) - clipped_sum(one, side, one_less)
+        assert 0 < moved.norm() <= study.privacy.clip_norm * (1 + 1e-4)
+
+
+def records_of(study: Study, n: int) -> Records:
+    random = torch.Generator().manual_seed(5)
+    images = torch.rand(n, 1, 28, 28, generator=random) * 2 - 1
+    return Records(images, torch.arange(n) % len(study.images.classes), images.flip(3))
+
+
+def clipped_sum(one: LocalTrainer, side: str, records: Records) -> torch.Tensor:
+    """By a loop of plain autograd over records, each by itself, with the recipe's own functions and its own draws."""
+    recipe, network = one.recipe, one.d.network if side == "d" else one.g.network
+    weights = list(network.parameters())
+    total = torch.zeros(sum(p.numel() for p in weights))
+    nobody = Fakes(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
+    for row in range(len(records.labels_R)):
+        alone = Records(*(part[row : row + 1] for part in records))
+        random = torch.Generator().manual_seed(int(alone.images_R1SS.sum() * 1000))
+        if side == "d":
+            loss = recipe.discriminator_losses(
+                network, *recipe.discriminator_inputs(one.generator, alone, nobody, random)
+            )
+        else:
+            loss = recipe.generator_losses(network, one.discriminator, *recipe.generator_inputs(alone, random))
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights, materialize_grads=True)])
+        total += gradient * min(1.0, one.study.privacy.clip_norm / float(gradient.norm()))
+    return total
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_empty_batch_is_a_step_of_noise(name):
+    study = study_of(name)
+    one = trainer_of(study)
+    one.sampler.sampling_rate = 1e-12
+    one.train(2)
+    assert all(p.isfinite().all() for p in weights_of(one))
+
+
+@pytest.mark.parametrize("task", ["denoise", "super-resolution-2", "super-resolution-4", "k-space"])
+def test_what_a_task_makes_of_an_image_depends_on_that_image_alone(task):
+    images = records_of(study_of("pix2pix"), 4).images_R1SS
+    other = images.clone()
+    other[0] = 0.5
+    one, two = (degraded(task, x, torch.Generator().manual_seed(3)) for x in (images, other))
+    assert one.shape == images.shape
+    assert torch.equal(one[1:], two[1:])
+    assert not torch.equal(one[1:], images[1:])
+    assert one.abs().max() <= 1
+
+
+@pytest.mark.parametrize("task", ["denoise", "super-resolution-2", "super-resolution-4", "k-space", "paired"])
+def test_pix2pix_learns_each_task_without_privacy(task):
+    """A few steps bring the output nearer to the target than the input was, on the images that it trained on."""
+    study = study_of(
+        "pix2pix",
+        images={"paired": task == "paired"},
+        gan={"task": task, "generator_width": 8},
+        training={"generator_lr": 5e-3},
+    )
+    found = some_patients(study)
+    smooth = torch.nn.functional.avg_pool2d(torch.from_numpy(found.images_N1HW).float() * 2, 5, 1, 2).numpy()
+    targets = -smooth.astype(np.float16) if study.images.paired else None
+    found = PatientImages(
+        smooth.astype(np.float16), found.labels_N, found.patient_N, 24, found.report, (), targets_N1HW=targets
+    )
+    one = LocalTrainer(
+        study,
+        *recipes.load(study).networks(),
+        PatientSampler(found, 0.5, SystemRandom()),
+        noise_multiplier=None,
+        random=SystemRandom(),
+        device=torch.device("cpu"),
+    )
+    every = Records(torch.from_numpy(smooth), torch.from_numpy(found.labels_N), torch.from_numpy(-smooth))
+    given, wanted = one.recipe.input_and_output(every, torch.Generator().manual_seed(4))
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((one.generator(given) - wanted).abs().mean())
+
+    before = distance()
+    one.train(40)
+    assert distance() < 0.8 * before
+
+
+BAD: dict[str, tuple[dict, str]] = {
+    "no such recipe": ({"gan": {"recipe": "nosuch"}}, "CONFIG_RANGE"),
+    "a helper is no recipe": ({"gan": {"recipe": "recipe"}}, "CONFIG_RANGE"),
+    "generator not declared": ({"gan": {"recipe": "pix2pix", "task": "denoise"}}, "CONFIG_RANGE"),
+    "generator declared for nothing": ({"gan": {"recipe": "cdcgan", "private": "both"}}, "CONFIG_RANGE"),
+    "no task": ({"gan": {"recipe": "pix2pix", "private": "both"}}, "CONFIG_RANGE"),
+    "a task for nothing": ({"gan": {"recipe": "cdcgan", "task": "denoise"}}, "CONFIG_RANGE"),
+    "labels that are not used": ({"gan": {"recipe": "dcgan"}}, "CONFIG_RANGE"),
+    "three domains": (
+        {"gan": {"recipe": "cyclegan", "private": "both"}, "images": {"classes": ("a", "b", "c")}},
+        "CONFIG_RANGE",
+    ),
+    "targets that are not there": ({"gan": {"recipe": "pix2pix", "private": "both", "task": "paired"}}, "CONFIG_RANGE"),
+    "BatchNorm on patients": ({"gan": {"norm": "batch"}}, "PRIVACY_MODEL"),
+    "BatchNorm in a generator that sees patients": (
+        {"gan": {"recipe": "pix2pix", "private": "both", "task": "denoise", "generator_norm": "batch"}},
+        "PRIVACY_MODEL",
+    ),
+    "minibatch statistics": ({"gan": {"minibatch_stddev": True}}, "PRIVACY_MODEL"),
+    "a pool of fakes made of patients": (
+        {"gan": {"recipe": "cyclegan", "private": "both"}, "training": {"replay": 0.5}},
+        "PRIVACY_MODEL",
+    ),
+    "steps of a private generator in no fixed number": (
+        {"gan": {"recipe": "cyclegan", "private": "both"}, "training": {"local_steps": 3, "discriminator_steps": 2}},
+        "CONFIG_RANGE",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sections", "code"), BAD.values(), ids=BAD.keys())
+def test_a_study_that_does_not_fit_is_refused_before_any_patient_is_read(sections, code):
+    with pytest.raises(FedMedGanError) as caught:
+        refuse_mixing(tiny_study(**({"training": {"local_steps": 2, "discriminator_steps": 1}} | sections)))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("gan", [{"norm": "batch"}, {"minibatch_stddev": True}])
+def test_what_mixes_patients_is_there_without_privacy(gan):
+    study = study_of("cdcgan", gan=gan, privacy="none")
+    assert not study.is_private
+    one = trainer_of(study, noise_multiplier=None)
+    one.train(2)
+    assert one.checks == dict.fromkeys(("noise", "clipping", "rows", "sampling"), "not-run")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_probe_passes_every_recipe(name):
+    refuse_mixing(study_of(name))
+
+
+ON_THE_FLY = '''
+"""A recipe of a test's own: one file."""
+import torch
+from torch import nn
+from fedmedgan.client.gans.recipe import Synthesis
+
+class Generator(nn.Module):
+    def __init__(self, side, latent):
+        super().__init__()
+        self.side, self.layer = side, nn.Linear(latent, side * side)
+    def forward(self, latent, labels):
+        return torch.tanh(self.layer(latent)).view(-1, 1, self.side, self.side)
+
+class Discriminator(nn.Module):
+    def __init__(self, side):
+        super().__init__()
+        self.layer = nn.Linear(side * side, 1)
+    def forward(self, images, labels):
+        flat = images.flatten(1)
+        {extra}
+        return self.layer(flat).squeeze(1)
+
+class Mine(Synthesis):
+    def build(self):
+        return Generator(self.images.size, self.gan.latent), Discriminator(self.images.size)
+
+RECIPE = Mine
+'''
+MIXING = {
+    "honest": "",
+    "centres the batch": "flat = flat - flat.mean(0, keepdim=True)",
+    "passes a row on": "flat = flat + 0.01 * flat.roll(1, 0)",
+    "scales by the batch": "flat = flat / flat.std().clamp(min=1e-3)",
+}
+
+
+@pytest.mark.parametrize("extra", MIXING.values(), ids=MIXING.keys())
+def test_a_recipe_is_one_new_file_and_one_that_mixes_rows_is_refused(tmp_path, monkeypatch, extra):
+    name = f"mine{abs(hash(extra)) % 10_000}"
+    (tmp_path / f"{name}.py").write_text(ON_THE_FLY.replace("{extra}", extra or "pass"))
+    monkeypatch.setattr(gans, "__path__", [*gans.__path__, str(tmp_path)])
+    study = study_of(name)
+    if not extra:
+        refuse_mixing(study)
+        one = trainer_of(study)
+        one.train(3)
+        assert not failed_checks(one.checks)
+        return
+    with pytest.raises(PrivacyError) as caught:
+        refuse_mixing(study)
+    assert caught.value.code == "PRIVACY_MODEL"
+
+
+INPUTS_MIX = """
+from fedmedgan.client.gans.cdcgan import ConditionalDCGAN
+
+class Mine(ConditionalDCGAN):
+    def discriminator_inputs(self, generator, records, fakes, random):
+        images = records.images_R1SS - records.images_R1SS.mean(0, keepdim=True)
+        return super().discriminator_inputs(generator, records._replace(images_R1SS=images), fakes, random)
+
+RECIPE = Mine
+"""
+
+
+def test_a_recipe_whose_inputs_mix_rows_is_refused(tmp_path, monkeypatch):
+    """Every row of the network would pass: what is wrong happens before it."""
+    (tmp_path / "inputsmix.py").write_text(INPUTS_MIX)
+    monkeypatch.setattr(gans, "__path__", [*gans.__path__, str(tmp_path)])
+    with pytest.raises(PrivacyError, match="depends on other records"):
+        refuse_mixing(study_of("inputsmix"))
+
+
+def test_volumes_are_refused_clearly():
+    with pytest.raises(StudyError, match="3-D"):
+        tiny_study(images={"dimensions": 3})
+
+
+@pytest.mark.parametrize("size", [28, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", ["cdcgan", "dcgan", "pix2pix", "cyclegan"])
+def test_sizes_from_28_to_256(name, size):
+    study = study_of(name, images={"size": size}, gan={"attention": name == "cdcgan"})
+    recipe = recipes.load(study)
+    generator, _ = recipe.networks()
+    made = recipe.samples(generator, 2, 2, seed=1)
+    assert made.shape[1:] == (1, size, size)
+    assert made.isfinite().all()
+
+
+def test_initial_weights_are_everywhere_the_same_whatever_was_drawn_before():
+    study = study_of("cdcgan")
+    torch.manual_seed(1)
+    one = recipes.load(study).networks()
+    torch.manual_seed(2)
+    two = recipes.load(study).networks()
+    pairs = zip(one, two, strict=True)
+    assert all(torch.equal(a, b) for x, y in pairs for a, b in zip(x.parameters(), y.parameters(), strict=True))
+
+
+def test_weight_norm_falls_back_to_hooks_and_is_private():
+    one = trainer_of(study_of("cdcgan", gan={"weight_norm": True}))
+    one.train(2)
+    assert one.method == "hooks"
+    assert not failed_checks(one.checks)
+
+
+def test_views_are_in_one_clip():
+    """Four shifted copies of a patient are one record: the noise and the witness's row count stay the same."""
+    one = trainer_of(study_of("cdcgan", training={"views": 4}))
+    one.train(3)
+    assert not failed_checks(one.checks)
+    assert one.d.divisor == 2 * one.study.training.patients_per_step
+
+
+def test_a_module_that_is_given_is_trained_in_place():
+    study = study_of("cdcgan")
+    generator, discriminator = recipes.load(study).networks()
+    assert isinstance(generator, nn.Module)
+    one = LocalTrainer(
+        study,
+        generator,
+        discriminator,
+        PatientSampler(some_patients(study), 0.25, SystemRandom()),
+        noise_multiplier=1.0,
+        random=SystemRandom(),
+        device=torch.device("cpu"),
+    )
+    one.train(1)
+    one.close()
+    assert next(generator.parameters()).requires_grad
+    assert one.generator is generator
