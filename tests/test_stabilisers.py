@@ -1,0 +1,178 @@
+"""Stabilisers: each does what its paper says, reads no patient, and changes nothing where it is off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_recipes import study_of, trainer_of, weights_of
+from torch import nn
+
+from fedmedgan.client.gans.recipe import shifted
+from fedmedgan.client.gans.wgan import CLIP
+from fedmedgan.client.training import stabilisers
+from fedmedgan.client.training.stabilisers import RATES, SETTLED, Replay, Turns
+from fedmedgan.shared.privacy.records import failed_checks
+
+
+def test_turns_come_at_the_rate():
+    turns = Turns(3, adaptive=False)
+    assert [n for n in range(1, 10) if turns.due(n)] == [3, 6, 9]
+
+
+def test_the_rate_rises_once_fakes_are_no_longer_told_and_never_falls():
+    turns = Turns(1, adaptive=True)
+    seen = [turns.rate]
+    for _ in range(3 * SETTLED):
+        turns.saw(torch.full((8,), 1.0))  # taken for real
+        seen.append(turns.rate)
+    assert seen == sorted(seen)
+    assert seen[SETTLED - 1] == 1, "not before the rate was given time"
+    assert turns.rate == RATES[3]
+    for _ in range(2 * SETTLED):
+        turns.saw(torch.full((8,), -1.0))  # told
+    assert turns.rate == RATES[3]
+
+
+def test_turns_go_on_from_round_to_round():
+    turns, again = Turns(1, adaptive=True), Turns(1, adaptive=True)
+    for _ in range(SETTLED + 5):
+        turns.saw(torch.ones(4))
+    again.load(turns.state())
+    assert again.state() == turns.state()
+    assert again.rate > 1
+
+
+def test_replay_mixes_in_earlier_fakes_and_leaves_patients_alone():
+    replay = Replay(0.5, torch.Generator().manual_seed(1))
+    for step in range(3):
+        images, labels = torch.full((10, 1), float(step)), torch.arange(10)
+        images[:4] = 100 + step  # of patients
+        mixed = replay.mixed((images, labels), n_real=4)
+        assert torch.equal(mixed[0][:4], images[:4])
+        assert [len(x) for x in mixed] == [10, 10]
+        old = int((mixed[0][4:] < step).sum())
+        assert old == (0 if step == 0 else 3)
+    assert all(float(kept[0].max()) < 100 for kept in replay.kept), "nobody's image is kept"
+    off = Replay(0.0, torch.Generator())
+    assert off.mixed((images, labels), 4)[0] is images
+
+
+def test_the_penalty_is_the_slope_at_fakes_by_finite_differences():
+    torch.manual_seed(1)
+    network = Answers()
+    images, labels = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    found = stabilisers.penalty_gradient(network, images, labels)
+
+    def penalty() -> float:
+        x = images.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(network(x, labels).sum(), x)
+        return float(slope.flatten(1).square().sum(1).mean() / 2)
+
+    with torch.no_grad():
+        weight = network.first.weight
+        for at in ((0, 0), (2, 5)):
+            weight[at] += 1e-5
+            high = penalty_of(penalty)
+            weight[at] -= 2e-5
+            low = penalty_of(penalty)
+            weight[at] += 1e-5
+            assert (high - low) / 2e-5 == pytest.approx(float(found["first.weight"][at]), rel=1e-4, abs=1e-8)
+
+
+def penalty_of(penalty) -> float:
+    with torch.enable_grad():
+        return penalty()
+
+
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 5).double(), nn.Linear(5, 1).double()
+
+    def forward(self, images, labels):
+        return self.last(torch.tanh(self.first(images.flatten(1)))).squeeze(1)
+
+
+def test_the_projection_brings_singular_values_to_one_at_most():
+    layer = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        layer.weight.mul_(10)
+    small = nn.Linear(4, 4)
+    with torch.no_grad():
+        small.weight.copy_(torch.eye(4) * 0.5)
+    before = layer.weight.detach().clone()
+    stabilisers.project_spectral(nn.Sequential(layer, small))
+    values = np.linalg.svd(layer.weight.detach().flatten(1).numpy(), compute_uv=False)
+    assert values.max() == pytest.approx(1, abs=1e-5)
+    ratio = layer.weight.detach() / before
+    assert float(ratio.max() - ratio.min()) < 1e-5, "all of a matrix by the same factor"
+    assert torch.equal(small.weight, torch.eye(4) * 0.5)
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+def test_the_critic_of_wgan_is_limited_after_each_step(spectral):
+    one = trainer_of(study_of("wgan", training={"spectral_projection": spectral}))
+    one.train(3)
+    for weight in one.discriminator.parameters():
+        if not spectral:
+            assert weight.abs().max() <= CLIP
+        elif weight.ndim > 1:
+            assert torch.linalg.matrix_norm(weight.flatten(1), ord=2) <= 1 + 1e-5
+
+
+def test_a_shift_moves_images_by_whole_pixels():
+    images = torch.arange(36.0).view(1, 1, 6, 6)
+    moved = shifted(images, 1, -2)
+    assert torch.equal(moved[0, 0, 1:, :4], images[0, 0, :5, 2:])
+    assert (moved[0, 0, 0] == -1).all()
+    assert torch.equal(shifted(images, 0, 0), images)
+
+
+CURES = {
+    "adaptive": {"training": {"adaptive": True}},
+    "real_label": {"training": {"real_label": 0.9}},
+    "views": {"training": {"views": 3}},
+    "replay": {"training": {"replay": 0.5}},
+    "fake_penalty": {"training": {"fake_penalty": 10.0}},
+    "spectral_projection": {"training": {"spectral_projection": True}},
+    "attention": {"gan": {"attention": True}},
+    "weight_norm": {"gan": {"weight_norm": True}},
+    "batch norm of fakes": {"gan": {"generator_norm": "batch"}},
+    "instance norm": {"gan": {"norm": "instance", "generator_norm": "instance"}},
+}
+
+
+@pytest.mark.parametrize("sections", CURES.values(), ids=CURES.keys())
+def test_every_cure_trains_privately(sections):
+    one = trainer_of(study_of("cdcgan", **sections))
+    losses = one.train(4)
+    assert np.isfinite([losses.generator, losses.discriminator_on_fakes]).all()
+    assert not failed_checks(one.checks)
+    assert one.checks["rows"] == "passed"
+
+
+def test_the_penalty_on_fakes_flattens_the_discriminator():
+    """Its slope at fakes falls, with the same patients and the same steps."""
+    slopes = []
+    for weight in (0.0, 20.0):
+        one = trainer_of(
+            study_of("cdcgan", training={"fake_penalty": weight, "discriminator_lr": 5e-3}), noise_multiplier=None
+        )
+        one.train(25)
+        images = one.generator(torch.randn(32, 8, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 2)
+        x = images.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(one.discriminator(x, torch.arange(32) % 2).sum(), x)
+        slopes.append(float(slope.flatten(1).norm(dim=1).mean()))
+    assert slopes[1] < 0.5 * slopes[0]
+
+
+def test_label_smoothing_reaches_rows_of_patients_alone():
+    study = study_of("cdcgan", training={"real_label": 0.8})
+    one = trainer_of(study, noise_multiplier=None)
+    batch = one.sampler.draw()
+    inputs = one.recipe.discriminator_inputs(one.generator, batch.records, one._new_fakes(), one.row_random)
+    n = len(batch.records.labels_R)
+    assert torch.equal(inputs[2][:n], torch.full((n,), 0.8))
+    assert not inputs[2][n:].any()
+    assert weights_of(one)
