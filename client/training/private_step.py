@@ -34,13 +34,15 @@ from fedmedgan.client.training.row_gradients import (
     RowGradients,
     RowLosses,
     images_need_no_gradient,
+    working_bytes,
 )
 from fedmedgan.client.training.witness import LOUD, NoWitness, ProbePass
 from fedmedgan.shared.errors import ModelError, PrivacyError
 
 CLIP_MARGIN = 1e-5
 """Records are clipped to C (1 - margin): float32 overshoots by up to 1.4e-6 (measured), the noise is for C in full."""
-CHUNK_BYTES = 8 << 20
+ACTIVATIONS = 32
+"""Values that pass through a network for each value of a record: a rough guess, which only sets the size of chunks."""
 
 METHODS: dict[str, type[GradientMethod]] = {m.name: m for m in (Hooks, BookKeeping, Functional)}
 Method = Literal["auto", "hooks", "book-keeping", "functional"]
@@ -142,7 +144,6 @@ class PrivateStep:
             raise PrivacyError("PRIVACY_MODEL", "a layer is not known to book-keeping", type(network).__name__)
         self.method: str = ("book-keeping" if book_keeping else "hooks") if method == "auto" else method
         self._gradients = METHODS[self.method](network, params)
-        self._bytes = sum(p.numel() * p.element_size() for p in params)
 
     def step(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> Tensor:
         """One step. Returns the losses, detached; they are NOT private.
@@ -159,7 +160,7 @@ class PrivateStep:
         """
         self.optimizer.zero_grad(set_to_none=True)
         records, losses = len(inputs[0]), []
-        size = max(1, CHUNK_BYTES // self._bytes)
+        size = self._chunk(inputs)
         for start in range(0, max(1, records), size):
             rows = self._gradients.backward(row_losses, [x[start : start + size] for x in inputs])
             self.optimizer.clip_and_add(rows)
@@ -167,6 +168,12 @@ class PrivateStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.cat(losses, dim=1).flatten()
+
+    def _chunk(self, inputs: Sequence[Tensor]) -> int:
+        """Records that are worked on at a time, from shapes alone: their gradients and activations fit the cache."""
+        params = self.optimizer.params
+        values = sum(p.numel() for p in params) + ACTIVATIONS * sum(x.shape[1:].numel() for x in inputs)
+        return max(1, working_bytes(params[0].device) // (4 * values))
 
     def probe(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> None:
         """Show the witness what records do to each other and that they are clipped. Nothing is trained.

@@ -32,6 +32,14 @@ from fedmedgan.shared.errors import ModelError, PrivacyError
 RowLosses = Callable[..., Tensor]
 """``(network, *inputs) -> (views * records,)``; of inputs, each (records, ...)."""
 WHOLE = slice(None)
+CACHE_BYTES = 32 << 20
+"""What is worked on at a time on a CPU; measured: with more, and with less, a step takes longer."""
+DEVICE_BYTES = 1 << 30
+
+
+def working_bytes(device: torch.device) -> int:
+    """Bytes that one chunk of records should take, about."""
+    return CACHE_BYTES if device.type == "cpu" else DEVICE_BYTES
 
 
 class WeightGradients(ABC):
@@ -51,7 +59,7 @@ class WeightGradients(ABC):
 
     @abstractmethod
     def values(self, at: slice, records: slice) -> Tensor:
-        """(records, K): a slice of the flattened weight."""
+        """(records, K): a short slice of the flattened weight, or the `WHOLE`."""
 
     @abstractmethod
     def forget(self, records_N: Tensor) -> None:
@@ -62,10 +70,11 @@ class WeightGradients(ABC):
         """Sum over records, in the shape of the weight."""
 
     def _as_weight(self, stored_D: Tensor) -> Tensor:
+        """(..., D) as it is stored -> (..., *shape)."""
         if not self.channels_last:
-            return stored_D.view(self.shape)
+            return stored_D.view(*stored_D.shape[:-1], *self.shape)
         channels, *taps = self.shape[1:]
-        return stored_D.view(self.shape[0], *taps, channels).movedim(-1, 1).contiguous()
+        return stored_D.view(*stored_D.shape[:-1], self.shape[0], *taps, channels).movedim(-1, -len(taps) - 1)
 
     def _places(self, at: slice) -> Tensor:
         """Where values of the flattened weight are stored: (K,) int64."""
@@ -87,15 +96,16 @@ class WrittenOut(WeightGradients):
         return torch.linalg.vector_norm(self.stored_ND, dim=1)
 
     def values(self, at: slice, records: slice) -> Tensor:
-        if not self.channels_last:
-            return self.stored_ND[records, at]
-        return self.stored_ND[records][:, self._places(at).to(self.stored_ND.device)]
+        stored_ND = self.stored_ND[records]
+        if at == WHOLE:
+            return self._as_weight(stored_ND).flatten(1)
+        return stored_ND[:, at] if not self.channels_last else stored_ND[:, self._places(at).to(stored_ND.device)]
 
     def forget(self, records_N: Tensor) -> None:
         self.stored_ND[records_N] = 0
 
     def weighted_sum(self, weights_N: Tensor) -> Tensor:
-        return self._as_weight(weights_N @ self.stored_ND)
+        return self._as_weight(weights_N @ self.stored_ND).contiguous()
 
 
 class RowGradients:
@@ -256,12 +266,17 @@ def check_views(losses: Tensor, records: int) -> None:
         raise ModelError("MODEL_MISMATCH", what)
 
 
+def check_rows(rows: int, records: int) -> None:
+    """Raises PrivacyError: PRIVACY_MODEL, unless the rows are whole views."""
+    if rows == 0 or rows % records:
+        raise PrivacyError("PRIVACY_MODEL", "a layer's rows are not those of the batch's records")
+
+
 def fold_views(rows_RD: Tensor, records: int) -> Tensor:
     """(views * records, D) -> (records, D): the sum over views.
 
     Raises:
         PrivacyError: PRIVACY_MODEL, the rows are no whole views.
     """
-    if len(rows_RD) == 0 or len(rows_RD) % records:
-        raise PrivacyError("PRIVACY_MODEL", "a layer's rows are not those of the batch's records")
+    check_rows(len(rows_RD), records)
     return rows_RD if len(rows_RD) == records else rows_RD.view(-1, records, *rows_RD.shape[1:]).sum(0)
