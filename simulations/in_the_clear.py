@@ -1,4 +1,4 @@
-"""Federated training in one process, in the clear: what comparison arms and benchmarks train, by the hospitals' own code.
+"""Federated training in one process, in the clear: what comparison arms and benchmarks train, by the hospitals' code.
 
 Nothing is encrypted, sent or written. With the same updates the model is the one that the cycle would reach, but for
 the cycle's rounding of updates to the study's bits.

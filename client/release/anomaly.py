@@ -4,7 +4,7 @@ An encoder learns to find the latent point that an image comes from. What the mo
 the model has never seen: the score is the distance between an image and its reconstruction, in pixels and in what the
 discriminator sees.
 
-The paper trains its encoder on patients' images. Here it learns from generated images alone (the paper's "ziz" variant),
+The paper trains its encoder on patients' images. Here it learns from generated images alone ("ziz" in the paper),
 so it costs no privacy. Scores of a patient's image are that patient's data: they stay at the hospital.
 """
 
