@@ -62,6 +62,8 @@ def _draw(report: FolderReport, console: Console) -> None:
     table = Table(show_header=False)
     table.add_row("images", str(report.images))
     table.add_row("patients", str(report.patients))
+    if report.targets:
+        table.add_row("targets", str(report.targets))
     table.add_row("files", str(len(report.files)))
     for code, count in report.left_out.items():
         table.add_row(f"not used: {code}", str(count))

@@ -40,6 +40,7 @@ HINTS: dict[str, str] = {
     "DATA_UNSAFE_PATH": "keep only regular files inside the data folder",
     "DATA_PATIENT_ID": "the unit of privacy is the patient: every image needs a Patient ID",
     "DATA_LABEL": "put images into one folder per class, or add labels.csv with the columns path,label",
+    "DATA_TARGET": "labels.csv names each image's target, in the column `target`: a file of the same patient and shape",
     "DATA_CHANGED": "sign the study again for these patients, `fedmedgan study sign`, or put the earlier ones back",
     "DATA_TOO_FEW": "the study promises more patients at this site; correct `patients` in the study",
     "DATA_REFUSED": "the hospital's own events.jsonl says why; nobody else is told",

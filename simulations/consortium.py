@@ -97,7 +97,8 @@ def prepare(
                 partitions.write_share(shares[site.name], study.images.classes, folder)
             elif site.name not in data:
                 vendor = phantoms.vendor_for(number)
-                phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor)
+                paired = study.images.paired
+                phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor, paired=paired)
         agreement = agree(assemble(study, [*identities, _coordinator(run_folder)]), run_folder)
         if insecure_seed is not None:
             (run_folder / INSECURE_MARK).write_text(f"{insecure_seed}\n")

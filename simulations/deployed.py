@@ -117,8 +117,8 @@ class Deployed:
         shutil.copy(self.coordinator / "coordinator.identity.json", post)
         for number, site in enumerate(self.study.sites):
             home, data = self.home(site.name), self.folder / "data" / site.name
-            vendor = phantoms.vendor_for(number)
-            phantoms.write_hospital(data, patients=site.patients, seed=number, vendor=vendor, size=64)
+            vendor, paired = phantoms.vendor_for(number), self.study.images.paired
+            phantoms.write_hospital(data, patients=site.patients, seed=number, vendor=vendor, size=64, paired=paired)
             self._passphrase(site.name)
             options: list[str | Path] = [
                 "--home",

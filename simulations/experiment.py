@@ -105,6 +105,7 @@ def _test_phantoms(folder: Path, study: Study) -> list[Path]:
     folders = []
     for number, site in enumerate(study.sites):
         patients, vendor = TEST_PATIENTS // len(study.sites), phantoms.vendor_for(number)
-        phantoms.write_hospital(folder / site.name, patients=patients, seed=TEST_SEED + number, vendor=vendor)
-        folders.append(folder / site.name)
+        place, seed, paired = folder / site.name, TEST_SEED + number, study.images.paired
+        phantoms.write_hospital(place, patients=patients, seed=seed, vendor=vendor, paired=paired)
+        folders.append(place)
     return folders

@@ -181,8 +181,9 @@ def share_out(pool: Pool, study: Study) -> dict[str, list[UsedFile]]:
 def write_share(files: Sequence[UsedFile], classes: Sequence[str], folder: Path) -> None:
     """Write one hospital's share as a folder that the reader takes: numbered files and labels.csv.
 
-    Files are hard links where the disk allows it, since a pool may be large, and copies elsewhere. The pool's own
-    names are not kept: public sets put patients' numbers into them, and no name can then upset a table.
+    In a study of pairs each image's target is written, too, under targets/. Files are hard links where the disk
+    allows it, since a pool may be large, and copies elsewhere. The pool's own names are not kept: public sets put
+    patients' numbers into them, and no name can then upset a table.
 
     Raises:
         OSError: the folder exists, or cannot be written.
@@ -190,11 +191,14 @@ def write_share(files: Sequence[UsedFile], classes: Sequence[str], folder: Path)
     folder.mkdir(parents=True)
     with (folder / LABELS).open("w", encoding="utf-8", newline="") as table:
         rows = csv.writer(table)
-        rows.writerow(("path", "label"))
+        rows.writerow(("path", "label", "target"))
         for number, file in enumerate(files):
             name = f"{number:06d}.dcm"
             _put(file.path, folder / name)
-            rows.writerow((name, classes[file.label]))
+            if file.target:
+                (folder / "targets").mkdir(exist_ok=True)
+                _put(file.target, folder / "targets" / name)
+            rows.writerow((name, classes[file.label], f"targets/{name}" if file.target else ""))
 
 
 def _put(source: str, place: Path) -> None:

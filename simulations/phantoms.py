@@ -3,13 +3,15 @@
 A phantom is a frontal chest radiograph made of a few soft shapes: body, lungs, heart, spine, ribs, clavicles,
 diaphragm. Two labels: ``clear``, and ``opacity`` with one to three soft bright patches in a lung. A patient
 keeps the anatomy in every image; exposure, noise and position change from one image to the next. Hospitals
-differ in vendor, contrast, body size and prevalence. `write_hospital` writes real DICOM, in several encodings.
+differ in vendor, contrast, body size and prevalence. `write_hospital` writes real DICOM, in several encodings, and on
+request a mask of the lungs for each image, so that segmentation can be tried, too.
 
 Nothing in here is learned from, or copied from, a real image. The pictures are suggestive, not diagnostic.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import uuid
 from dataclasses import dataclass
@@ -27,11 +29,14 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEGLSLossless,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
 
 from fedmedgan.shared.errors import DataError, RunError
 
 CLASSES = ("clear", "opacity")
+TARGETS = "targets"
+"""Sub-folder of the masks."""
 MOST_IMAGES = 4
 """A patient has one to four images."""
 MOST_PATCHES = 3
@@ -136,11 +141,22 @@ def radiographs(anatomy: Anatomy, labels_N: Integers, size: int, rng: np.random.
     Returns:
         (N, size, size) in [0, 1], dense is bright.
     """
-    images = [
+    return radiographs_and_lungs(anatomy, labels_N, size, rng)[0]
+
+
+def radiographs_and_lungs(
+    anatomy: Anatomy, labels_N: Integers, size: int, rng: np.random.Generator
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """The same radiographs, and which of their pixels are lung that neither heart nor vessels of the middle cover.
+
+    Returns:
+        Images as `radiographs` gives them, and masks (N, size, size).
+    """
+    parts = [
         _draw(anatomy.take(rows), labels_N[rows], size, rng)
         for rows in np.array_split(np.arange(len(labels_N)), max(1, -(-len(labels_N) // CHUNK)))
     ]
-    return np.concatenate(images)
+    return np.concatenate([images for images, _ in parts]), np.concatenate([lungs for _, lungs in parts])
 
 
 def _step(distance: Any, width: float) -> Any:
@@ -155,7 +171,7 @@ def _bump(offset: Any, width: float) -> Any:
     return t * t
 
 
-def _draw(person: Anatomy, labels_N: Integers, size: int, rng: np.random.Generator) -> Floats:
+def _draw(person: Anatomy, labels_N: Integers, size: int, rng: np.random.Generator) -> tuple[Floats, NDArray[np.bool_]]:
     count = len(labels_N)
     a = {f.name: getattr(person, f.name)[:, None, None] for f in dataclasses.fields(person)}
 
@@ -232,7 +248,7 @@ def _draw(person: Anatomy, labels_N: Integers, size: int, rng: np.random.Generat
     # Exposure, then quantum noise, which is stronger where less radiation came through.
     shown = np.clip(density, 0, 1.2) * per_image(0.88, 1.10) + per_image(-0.05, 0.05)
     noise = rng.standard_normal(shown.shape, dtype=np.float32) * per_image(0.008, 0.022)
-    return np.clip(shown + noise * (0.5 + shown), 0, 1, dtype=np.float32)
+    return np.clip(shown + noise * (0.5 + shown), 0, 1, dtype=np.float32), open_lung > 0.5
 
 
 def _filled(a: dict[str, Floats], labels_N: Integers, x: Floats, y: Floats) -> Floats:
@@ -340,7 +356,9 @@ def vendor_for(index: int) -> Vendor:
     )
 
 
-def write_hospital(folder: Path, *, patients: int, seed: int, vendor: Vendor, size: int = 128) -> None:
+def write_hospital(
+    folder: Path, *, patients: int, seed: int, vendor: Vendor, size: int = 128, paired: bool = False
+) -> None:
     """Write the DICOM files of one drawn hospital, one sub-folder a class: ``clear/``, ``opacity/``.
 
     A patient has one to four images. One patient in ten who has an opacity is also seen once without it. The
@@ -352,6 +370,7 @@ def write_hospital(folder: Path, *, patients: int, seed: int, vendor: Vendor, si
         seed: the hospital's own; two hospitals with the same seed have the same patients.
         vendor: encoding and look.
         size: rows and columns.
+        paired: also write a mask of the lungs for each image, under ``targets/``, and labels.csv.
 
     Raises:
         RunError: RUN_PATH, the folder holds something.
@@ -370,16 +389,26 @@ def write_hospital(folder: Path, *, patients: int, seed: int, vendor: Vendor, si
     nth_N = np.arange(len(patient_N)) - np.repeat(np.cumsum(images_P) - images_P, images_P)
     recovers_P = ill_P & (images_P > 1) & (rng.random(patients) < 0.1)
     labels_N = (ill_P[patient_N] & ~(recovers_P[patient_N] & (nth_N == 0))).astype(np.int64)
-    images = radiographs(anatomy.take(patient_N), labels_N, size, rng) ** np.float32(vendor.contrast)
+    images, lungs = radiographs_and_lungs(anatomy.take(patient_N), labels_N, size, rng)
+    images **= np.float32(vendor.contrast)
 
-    for name in CLASSES:
+    for name in (*CLASSES, *([TARGETS] if paired else [])):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for image, label, patient, nth in zip(images, labels_N, patient_N, nth_N, strict=True):
+    rows = []
+    for image, mask, label, patient, nth in zip(images, lungs, labels_N, patient_N, nth_N, strict=True):
         identity = f"PHANTOM-{patient + 1:04d}"
         origin = ["fedmedgan phantom", vendor.name, str(seed), identity, str(nth)]
         study = int(nth) + 1
         dataset = to_dicom(image, vendor, patient_id=identity, study=study, origin=origin, synthetic=True)
-        dataset.save_as(folder / CLASSES[label] / f"{identity}-{nth + 1}.dcm", enforce_file_format=True)
+        file = f"{identity}-{nth + 1}.dcm"
+        dataset.save_as(folder / CLASSES[label] / file, enforce_file_format=True)
+        if paired:
+            dataset = mask_to_dicom(mask, vendor, patient_id=identity, study=study, origin=origin)
+            dataset.save_as(folder / TARGETS / file, enforce_file_format=True)
+            rows.append((f"{CLASSES[label]}/{file}", CLASSES[label], f"{TARGETS}/{file}"))
+    if paired:
+        with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as table:
+            csv.writer(table).writerows([("path", "label", "target"), *rows])
 
 
 def to_dicom(
@@ -396,30 +425,17 @@ def to_dicom(
         synthetic: the value of Synthetic Data (0008,001C).
     """
     direct = vendor.modality == "DX"
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SpecificCharacterSet = "ISO_IR 192"
+    dataset = _whose(vendor, patient_id=patient_id, study=study, origin=origin)
     dataset.ImageType = ["DERIVED", "PRIMARY"]
     kind = DigitalXRayImageStorageForPresentation if direct else ComputedRadiographyImageStorage
     dataset.SOPClassUID = kind
     dataset.SOPInstanceUID = _uid(*origin, "image")
-    dataset.StudyInstanceUID = _uid(*origin, "study")
     dataset.SeriesInstanceUID = _uid(*origin, "series")
     dataset.SyntheticData = "YES" if synthetic else "NO"
-    for keyword in ("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "Laterality"):
-        setattr(dataset, keyword, "")
-    dataset.Modality = vendor.modality
-    dataset.Manufacturer, dataset.ManufacturerModelName = vendor.manufacturer, vendor.model
-    dataset.PatientID = patient_id
-    for keyword in ("PatientName", "PatientBirthDate", "PatientSex"):
-        setattr(dataset, keyword, "")
+    dataset.SeriesNumber = 1
     dataset.BodyPartExamined, dataset.ViewPosition = "CHEST", "AP"
-    dataset.PatientOrientation = ["L", "F"]
-    dataset.StudyID, dataset.SeriesNumber, dataset.InstanceNumber = str(study), 1, 1
     spacing = vendor.pixel_spacing * 128 / image_HW.shape[0]
     dataset.ImagerPixelSpacing = [round(spacing, 4), round(spacing, 4)]
-    dataset.BurnedInAnnotation = "NO"
     dataset.LossyImageCompression = "00"
     if direct:
         dataset.PresentationIntentType = "FOR PRESENTATION"
@@ -432,6 +448,45 @@ def to_dicom(
     _write_pixels(dataset, image_HW, vendor)
     if vendor.transfer_syntax != ExplicitVRLittleEndian:
         dataset.compress(vendor.transfer_syntax, generate_instance_uid=False)
+    return dataset
+
+
+def mask_to_dicom(
+    mask_HW: NDArray[np.bool_], vendor: Vendor, *, patient_id: str, study: int, origin: list[str]
+) -> Dataset:
+    """A mask of one image as a secondary capture (PS3.3 A.8) of the image's study and modality: 255 in, 0 out."""
+    dataset = _whose(vendor, patient_id=patient_id, study=study, origin=origin)
+    dataset.ImageType = ["DERIVED", "SECONDARY"]
+    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    dataset.SOPInstanceUID = _uid(*origin, "mask")
+    dataset.SeriesInstanceUID = _uid(*origin, "masks")
+    dataset.SyntheticData = "YES"
+    dataset.SeriesNumber, dataset.ConversionType = 2, "SYN"
+    dataset.DerivationDescription = "Mask of the lungs"
+    plain = Vendor("", "", "", vendor.modality, vendor.transfer_syntax, "MONOCHROME2", 8)
+    _write_pixels(dataset, mask_HW.astype(np.float32), plain)
+    if vendor.transfer_syntax != ExplicitVRLittleEndian:
+        dataset.compress(vendor.transfer_syntax, generate_instance_uid=False)
+    return dataset
+
+
+def _whose(vendor: Vendor, *, patient_id: str, study: int, origin: list[str]) -> Dataset:
+    """What an image and its mask say alike: patient, study and equipment."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+    dataset.StudyInstanceUID = _uid(*origin, "study")
+    for keyword in ("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "Laterality"):
+        setattr(dataset, keyword, "")
+    dataset.Modality = vendor.modality
+    dataset.Manufacturer, dataset.ManufacturerModelName = vendor.manufacturer, vendor.model
+    dataset.PatientID = patient_id
+    for keyword in ("PatientName", "PatientBirthDate", "PatientSex"):
+        setattr(dataset, keyword, "")
+    dataset.PatientOrientation = ["L", "F"]
+    dataset.StudyID, dataset.InstanceNumber = str(study), 1
+    dataset.BurnedInAnnotation = "NO"
     return dataset
 
 

@@ -87,7 +87,7 @@ def test_the_envelope(folder):
     assert set(data) == {"images", "patients", "files"}
     assert (data["images"], data["patients"]) == (2, 2)
     assert [f["path"] for f in data["files"]] == ["a.dcm", "cut.dcm", "sub/[bold]us.dcm", "sub/b.dcm"]
-    keys = {"path", "outcome", "code", "shape", "pixel_sha256", "used", "reason"}
+    keys = {"path", "outcome", "code", "shape", "pixel_sha256", "used", "reason", "role"}
     assert all(set(f) == keys for f in data["files"])
     first = data["files"][0]
     assert (first["outcome"], first["code"], first["shape"], first["used"]) == ("decoded", "", [8, 8], True)

@@ -121,7 +121,7 @@ def code_from(do: Callable[[], object]) -> str:
 
 def code_of(data: bytes) -> str:
     """The code that reading and showing a file ends in, "" where it is used."""
-    return code_from(lambda: grayscale.to_images(read(data), 32, 8))
+    return code_from(lambda: grayscale.to_frames(read(data), 32, 8))
 
 
 # ---- real files
@@ -585,10 +585,12 @@ def test_frames_without_information_are_left_out_and_many_are_thinned():
     frames[3] = 7
     image = read(encode(make(NumberOfFrames=10, PixelData=frames.tobytes())))
     assert image.pixels.shape == (10, 8, 8)
-    every = grayscale.to_images(image, 8, 64)
-    assert every.shape == (9, 1, 8, 8)
-    few = grayscale.to_images(image, 8, 5)
-    assert np.array_equal(few, every[[0, 2, 3, 5, 7]])  # frames 0 2 4 6 8
+    every = grayscale.to_frames(image, 8, 64)
+    assert list(every) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert {picture.shape for picture in every.values()} == {(1, 8, 8)}
+    few = grayscale.to_frames(image, 8, 5)
+    assert list(few) == [0, 2, 4, 6, 8]
+    assert all(np.array_equal(few[place], every[place]) for place in few)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([28, 32, 64]), st.integers(0, 99))

@@ -36,8 +36,8 @@ KEY = bytes(range(32))
 class InProcess(WorkerPool):
     """The same decoding without processes, for tests of what is made of the answers."""
 
-    def __init__(self, size, modalities, key, limits, workers):
-        self.task = worker.Task(size, frozenset(modalities), key, limits)
+    def __init__(self, size, modalities, key, limits, workers, targets=False):
+        self.task = worker.Task(size, frozenset(modalities), key, limits, targets)
 
     def __exit__(self, *_):
         pass

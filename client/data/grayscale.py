@@ -28,7 +28,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 """Values (H, W) to values (H, W), floats."""
 
 
-def to_images(image: DicomImage, size: int, most: int) -> np.ndarray:
+def to_frames(image: DicomImage, size: int, most: int, masks: bool = False) -> dict[int, np.ndarray]:
     """Training images of a file, one a frame.
 
     Frames without information (constant, or not finite) are left out; of more than `most` frames, `most`
@@ -37,33 +37,36 @@ def to_images(image: DicomImage, size: int, most: int) -> np.ndarray:
     Args:
         size: S, side of the square in pixels.
         most: cap on the number of frames.
+        masks: a frame of zeros in MONOCHROME2 is an empty mask, -1 everywhere, rather than no information.
 
     Returns:
-        float32 (N, 1, S, S) in [-1, 1], N >= 1.
+        Place of each frame in the file -> float32 (1, S, S) in [-1, 1]; at least one.
 
     Raises:
         DataError: DICOM_PHOTOMETRIC, not MONOCHROME1 or MONOCHROME2; DICOM_RESCALE, DICOM_WINDOW, bad
         numbers;
             DICOM_PIXEL_VALUES, no frame holds information.
     """
-    found = []
+    found = {}
     for index in (n * image.frames // min(image.frames, most) for n in range(min(image.frames, most))):
         try:
-            found.append(to_image(image, size, index))
+            found[index] = to_image(image, size, index, masks)
         except DataError as error:
             if error.code != "DICOM_PIXEL_VALUES":
                 raise
     if not found:
-        raise DataError("DICOM_PIXEL_VALUES", "the image is constant or not finite")
-    return np.stack(found)
+        raise _no_information()
+    return found
 
 
-def to_image(image: DicomImage, size: int, index: int = 0) -> np.ndarray:
-    """Training image of one frame: float32 (1, S, S) in [-1, 1]. Raises DataError like `to_images`."""
+def to_image(image: DicomImage, size: int, index: int = 0, masks: bool = False) -> np.ndarray:
+    """Training image of one frame: float32 (1, S, S) in [-1, 1]. Raises DataError like `to_frames`."""
     if image.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise DataError("DICOM_PHOTOMETRIC", "the image is not grayscale")
     header = image.header
     stored = image.pixels[index] if image.frames > 1 else image.pixels
+    if masks and not stored.any() and not _inverted(image):
+        return np.full((1, size, size), -1.0, np.float32)
     if not np.isfinite(stored).all() or stored.min() == stored.max():
         raise _no_information()
     padding = _padding(stored, header)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Outcome = Literal["decoded", "skipped", "refused"]
+Role = Literal["image", "target"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class FileOutcome:
     """Do the rules in force take it?"""
     reason: str
     """One clause for a person, "" where it is used."""
+    role: Role = "image"
+    """What labels.csv says it is. A target is used where an image that names it is."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,6 +50,11 @@ class FolderReport:
     """Images that the rules take; a multi-frame file gives several."""
     patients: int
     """Patients with at least one such image."""
+
+    @property
+    def targets(self) -> int:
+        """Number of files that are used as targets."""
+        return sum(file.used and file.role == "target" for file in self.files)
 
     @property
     def left_out(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 from fedmedgan.client.data import labels as label_table
 from fedmedgan.client.data.folder import Entry, scan
 from fedmedgan.client.data.limits import Limits
-from fedmedgan.client.data.outcomes import FileOutcome, FolderReport
+from fedmedgan.client.data.outcomes import FileOutcome, FolderReport, Role
 from fedmedgan.client.data.pool import PSEUDONYM_BYTES, TIMED_OUT, Examined, WorkerPool
+from fedmedgan.client.data.targets import pair
 from fedmedgan.shared.errors import CryptoError, DataError
 from fedmedgan.shared.study import Images
 
@@ -33,6 +34,8 @@ patient's name."""
 MIN_KEY_BYTES = 16
 
 _ARRAYS = ("images", "labels", "patients", "pseudonyms")
+_TARGETS = "targets"
+"""One more array in the cache, where the study has pairs."""
 _PROBLEMS = {
     "DATA_UNSAFE_PATH": "not a regular file inside the folder",
     "DATA_PATH": "the sub-folder cannot be read",
@@ -54,7 +57,7 @@ class PatientImages:
     pseudonyms: tuple[str, ...] = field(repr=False)
     """Keyed hash of each patient's Patient ID, 32 hex digits, in the order of the numbers in `patient_N`."""
     targets_N1HW: np.ndarray | None = None
-    """float16 (N, 1, S, S) in [-1, 1]: each image's target; None where the study has none."""
+    """float16 (N, 1, S, S) in [-1, 1]: each image's target, cut like it; None where the study has none."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class UsedFile:
     """0..n_patients-1 in the order of first appearance."""
     label: int
     """Place in the study's classes."""
+    target: str = ""
+    """Where to open its target, "" where the study has none."""
 
 
 def default_workers() -> int:
@@ -88,8 +93,8 @@ def check_folder(
 
     Raises:
         DataError: DATA_PATH not a readable folder; DATA_EMPTY no file at all; DATA_LABEL labels.csv is
-        damaged.
-            A folder without a usable image is reported, not raised.
+            damaged; DATA_TARGET it names no targets in a study of pairs. A folder without a usable image is
+            reported, not raised.
         RunError: RUN_EXTRA, the DICOM libraries are missing.
     """
     entries, labels = _scan(folder), label_table.read(folder)
@@ -127,7 +132,8 @@ def load_patients(
     Args:
         pseudonym_key: at least 16 secret bytes of this hospital.
         cache: file for the decoded images, in the hospital's own home; made if absent, ignored if it does not
-        fit. progress: called with (files done, files in all) while decoding.
+            fit.
+        progress: called with (files done, files in all) while decoding.
 
     Returns:
         At least one image of at least one patient.
@@ -146,13 +152,16 @@ def load_patients(
         from fedmedgan.client.data import cache as image_cache  # the coordinator has no safetensors
 
         state = image_cache.fingerprint(entries, labels, rules, limits)
-        known = _as_images(image_cache.read(cache, _ARRAYS, state, pseudonym_key))
+        wanted = (*_ARRAYS, _TARGETS) if rules.paired else _ARRAYS
+        known = _as_images(image_cache.read(cache, wanted, state, pseudonym_key))
         found = known or _collect(entries, labels, rules, pseudonym_key, limits, workers, progress)[0]
         # A file that was only slow today must not stay left out.
         if known is None and not any(file.reason == TIMED_OUT for file in found.report.files):
             names = np.array(list(bytes.fromhex("".join(found.pseudonyms))), np.uint8).reshape(-1, PSEUDONYM_BYTES)
             kept = (found.images_N1HW, found.labels_N, found.patient_N, names)
             arrays = dict(zip(_ARRAYS, kept, strict=True))
+            if found.targets_N1HW is not None:
+                arrays[_TARGETS] = found.targets_N1HW
             image_cache.write(cache, arrays, found.report.to_json(), state, pseudonym_key)
     if not found.report.images:
         raise DataError("DATA_EMPTY", f"no usable image among {found.report.sentence()}", str(folder))
@@ -178,65 +187,96 @@ def _collect(
 ) -> tuple[PatientImages, list[UsedFile]]:
     """Decode every entry, then take or leave each in the order of the paths."""
     labels = label_table.parse(labels_csv)
-    examined = _examine(entries, rules, key, limits, workers or default_workers(), progress)
-    files: list[FileOutcome] = []
-    used: list[UsedFile] = []
+    target_of = label_table.parse_targets(labels_csv) if rules.paired else {}
+    named = frozenset(target_of.values())
+    examined = _examine(entries, named, rules, key, limits, workers or default_workers(), progress)
+    targets = {entry.name: result for entry, result in zip(entries, examined, strict=True) if entry.name in named}
+    pixels_of_targets = {target.pixel_sha256 for target in targets.values()} - {""}
+    paths = {entry.name: entry.path for entry in entries}
+    decided: list[Examined] = []
+    used: dict[str, UsedFile] = {}
     images: list[np.ndarray] = []
+    partners: list[np.ndarray] = []
     labels_N: list[int] = []
     patient_N: list[int] = []
     patients: dict[str, int] = {}
     seen: set[str] = set()
     for entry, result in zip(entries, examined, strict=True):
-        if not result.code:
+        if not result.code and entry.name not in named:
             label, reason = label_table.label_of(entry.name, labels, rules.classes)
+            found, partner, no_pair = result.images, None, ""
+            if rules.paired:
+                found, partner, no_pair = pair(result, target_of.get(entry.name), targets)
             if label is None:
                 result = replace(result, code="DATA_LABEL", reason=reason)
             elif seen & {result.instance or result.pixel_sha256, result.pixel_sha256}:
                 result = replace(result, code="DATA_DUPLICATE", reason="a copy of a file before it")
-            elif result.images is not None:
+            elif result.pixel_sha256 in pixels_of_targets:
+                result = replace(result, code="DATA_DUPLICATE", reason="a copy of a target")
+            elif found is None:
+                result = replace(result, code="DATA_TARGET", reason=no_pair)
+            else:
                 seen |= {result.instance, result.pixel_sha256} - {""}
                 number = patients.setdefault(result.patient, len(patients))
-                used.append(UsedFile(entry.path, number, label))
-                images.append(result.images)
-                labels_N += [label] * len(result.images)
-                patient_N += [number] * len(result.images)
-        files.append(_outcome(entry, result))
-    size = rules.size
-    stacked = np.concatenate(images) if images else np.zeros((0, size, size), np.float16)
-    found = PatientImages(
-        stacked[:, None],
+                target = paths[target_of[entry.name]] if rules.paired else ""
+                used[entry.name] = UsedFile(entry.path, number, label, target)
+                images.append(found)
+                partners += [partner] if partner is not None else []
+                labels_N += [label] * len(found)
+                patient_N += [number] * len(found)
+        decided.append(result)
+    of_used = {target_of[name] for name in used if rules.paired}
+    files = [_outcome(e, r, e.name in named, e.name in of_used) for e, r in zip(entries, decided, strict=True)]
+    return PatientImages(
+        _stacked(images, rules.size),
         np.array(labels_N, np.int64),
         np.array(patient_N, np.int64),
         len(patients),
         FolderReport(tuple(files), len(labels_N), len(patients)),
         tuple(patients),
-    )
-    return found, used
+        _stacked(partners, rules.size) if rules.paired else None,
+    ), list(used.values())
+
+
+def _stacked(images: list[np.ndarray], size: int) -> np.ndarray:
+    """float16 (N, 1, S, S)."""
+    return (np.concatenate(images) if images else np.zeros((0, size, size), np.float16))[:, None]
 
 
 def _examine(
     entries: list[Entry],
+    targets: Collection[str],
     rules: Images,
     key: bytes,
     limits: Limits,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[Examined]:
-    """What each entry is, in the order of `entries`."""
+    """What each entry is, in the order of `entries`; those named in `targets` are read as targets."""
     results: list[Examined] = [Examined("refused", e.problem, _PROBLEMS.get(e.problem, "")) for e in entries]
     regular = [place for place, entry in enumerate(entries) if not entry.problem]
-    with WorkerPool(rules.size, rules.modalities, key, limits, workers) as pool:
-        for done, (index, result) in enumerate(pool.examine([entries[place].path for place in regular]), 1):
-            results[regular[index]] = result
-            if progress:
-                progress(done, len(regular))
+    images = [place for place in regular if entries[place].name not in targets]
+    of_images = [place for place in regular if entries[place].name in targets]
+    done = 0
+    for places, options in ((images, {}), (of_images, {"targets": True})):
+        if not places:
+            continue
+        with WorkerPool(rules.size, rules.modalities, key, limits, workers, **options) as pool:
+            for index, result in pool.examine([entries[place].path for place in places]):
+                results[places[index]] = result
+                done += 1
+                if progress:
+                    progress(done, len(regular))
     return results
 
 
-def _outcome(entry: Entry, result: Examined) -> FileOutcome:
+def _outcome(entry: Entry, result: Examined, is_target: bool, is_used_target: bool) -> FileOutcome:
+    if is_target and not is_used_target and not result.code:
+        result = replace(result, code="DATA_TARGET", reason="the target of no image that is used")
     path = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
-    outcome, used = result.outcome, not result.code
-    return FileOutcome(path, outcome, result.code, result.shape, result.pixel_sha256, used, result.reason)
+    role: Role = "target" if is_target else "image"
+    used = not result.code
+    return FileOutcome(path, result.outcome, result.code, result.shape, result.pixel_sha256, used, result.reason, role)
 
 
 def _as_images(known: tuple[dict[str, np.ndarray], dict[str, Any]] | None) -> PatientImages | None:
@@ -250,4 +290,4 @@ def _as_images(known: tuple[dict[str, np.ndarray], dict[str, Any]] | None) -> Pa
         return None
     images, labels, patients, names = (arrays[name] for name in _ARRAYS)
     pseudonyms = tuple(name.tobytes().hex() for name in names)
-    return PatientImages(images, labels, patients, report.patients, report, pseudonyms)
+    return PatientImages(images, labels, patients, report.patients, report, pseudonyms, arrays.get(_TARGETS))

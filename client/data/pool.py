@@ -49,6 +49,8 @@ class Examined:
     pixel_sha256: str = ""
     patient: str = ""
     instance: str = ""
+    places: tuple[int, ...] = ()
+    """Of the frames that became images, ascending: frames without information are left out."""
     images: np.ndarray | None = None
     """float16 (N, S, S) in [-1, 1], where it can be used."""
 
@@ -60,17 +62,26 @@ class WorkerPool:
         size: S, side of the training images.
         modalities: Modality values that are taken.
         key: of the keyed hashes that stand for patients.
+        targets: the files are targets of images, among which empty masks are allowed.
 
     Raises:
         RunError: RUN_EXTRA, the DICOM libraries are not installed or do not start.
     """
 
-    def __init__(self, size: int, modalities: Sequence[str], key: bytes, limits: Limits, workers: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        modalities: Sequence[str],
+        key: bytes,
+        limits: Limits,
+        workers: int,
+        targets: bool = False,
+    ) -> None:
         for name in ("pydicom", "PIL"):
             if importlib.util.find_spec(name) is None:
                 raise _not_installed(f"{name} is not installed")
         self._size, self._limits, self._count = size, limits, max(1, workers)
-        task: dict[str, Any] = {"size": size, "modalities": list(modalities), "key": key.hex()}
+        task: dict[str, Any] = {"size": size, "modalities": list(modalities), "key": key.hex(), "targets": targets}
         self._task = json.dumps({**task, "limits": limits.to_json()}).encode()
         self._workers: dict[Connection, _Worker] = {}
         self._failed_starts = 0
@@ -153,12 +164,16 @@ class WorkerPool:
             content = connection.recv_bytes(2 * frames * self._size**2)
             images = np.frombuffer(content, np.float16).reshape(frames, self._size, self._size)
         outcome, shape = values.pop("outcome"), tuple(int(n) for n in values.pop("shape"))
+        places = tuple(int(n) for n in values.pop("places"))
+        if len(places) != frames or list(places) != sorted(set(places)):
+            raise ValueError("not one place for each frame")
         if outcome not in get_args(Outcome):
             raise ValueError("not an outcome")
         named = re.fullmatch(f"[0-9a-f]{{{2 * PSEUDONYM_BYTES}}}", values["patient"])
         if not named and (values["patient"] or not values["code"]):
             raise ValueError("not a pseudonym")
-        return Examined(outcome, shape=shape, images=images, **{k: str(v) for k, v in values.items()})
+        words = {k: str(v) for k, v in values.items()}
+        return Examined(outcome, shape=shape, places=places, images=images, **words)
 
     def _end(self, worker: _Worker) -> None:
         worker.connection.close()

@@ -38,6 +38,8 @@ class Task:
     modalities: frozenset[str]
     key: bytes
     limits: Limits
+    targets: bool = False
+    """Files are targets of images: a frame of zeros is then an empty mask."""
 
     @classmethod
     def from_json(cls, text: bytes) -> Task:
@@ -47,6 +49,7 @@ class Task:
             frozenset(values["modalities"]),
             bytes.fromhex(values["key"]),
             Limits(**values["limits"]),
+            values["targets"],
         )
 
 
@@ -63,6 +66,8 @@ class Answer:
     """Pseudonym of the patient, "" where there is none."""
     instance: str = ""
     """Keyed hash of the SOP Instance UID, "" where there is none."""
+    places: tuple[int, ...] = ()
+    """Of the frames that became training images, ascending."""
     images: np.ndarray | None = None
     """Training images, float16 (N, S, S)."""
 
@@ -102,8 +107,9 @@ def _use(image: DicomImage, task: Task, answer: Answer) -> None:
     if not answer.patient:
         raise DataError("DATA_PATIENT_ID", "the file names no patient")
     answer.instance = _pseudonym(header, dicom.SOP_INSTANCE_UID, task.key)
-    images = grayscale.to_images(image, task.size, task.limits.frames_used)
-    answer.images = images[:, 0].astype(np.float16)
+    frames = grayscale.to_frames(image, task.size, task.limits.frames_used, masks=task.targets)
+    answer.places = tuple(frames)
+    answer.images = np.concatenate(list(frames.values())).astype(np.float16)
 
 
 def _text(header: Header, tag: int) -> str:
