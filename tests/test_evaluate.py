@@ -1,165 +1,257 @@
-"""Train on synthetic, test on real: right answers, wrong inputs, and nothing learned from the test set."""
+"""One call, one rule: right numbers, refusals, and nothing of patients in what may leave."""
 
 from __future__ import annotations
 
+import inspect
+import json
+
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedmedgan.client.release.evaluate import (
-    FEWEST_OF_A_CLASS,
-    LARGEST_SIDE,
-    split_patients,
-    train_on_synthetic_test_on_real,
-    train_once_test_on_each,
-)
-from fedmedgan.shared.errors import DataError
+from fedmedgan.client.release import coverage, distances, duplicates, similarity
+from fedmedgan.client.release.evaluate import METRICS, SYNTHETIC_ONLY, Metric, Rule, evaluate
+from fedmedgan.client.release.features import FeatureExtractor, train_extractor
+from fedmedgan.client.release.rule import MUST_STAY, refuse_in_release
+from fedmedgan.shared.errors import DataError, PrivacyError
 from fedmedgan.simulations.phantoms import draw_anatomy, radiographs
 
+SIDE = 16
+FREE = ("ms_ssim", "duplicates")
+QUICK = ("ms_ssim", "duplicates", "copies", "fid", "kid", "mmd", "precision_recall", "density_coverage", "paired")
 
-def _bars(count: int, classes: int = 2, seed: int = 0, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with one brighter row: row 2 * class."""
+
+def phantoms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    images = rng.normal(0, 0.3, (count, 1, side, side)).astype(np.float32)
-    images[np.arange(count), 0, 2 * labels] += 0.7
-    return images.clip(-1, 1), labels
-
-
-def _phantoms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, count)
-    images = radiographs(draw_anatomy(rng, count), labels, 32, rng)
+    labels = np.arange(count) % 2
+    images = radiographs(draw_anatomy(rng, count), labels, SIDE, rng)
     return (images[:, None] * 2 - 1).astype(np.float16), labels
 
 
-def test_a_small_classifier_tells_the_classes_of_phantoms_apart():
-    utility = train_on_synthetic_test_on_real(*_phantoms(1200, 0), *_phantoms(300, 1), seeds=(0,))
-    assert utility.accuracy > 0.9
-    assert utility.auc > 0.95
-    assert utility.chance < 0.6
-    assert (utility.trained_on, utility.tested_on) == (1200, 300)
-    assert utility.accuracy_deviation == 0
+SYNTHETIC, REAL, HOLDOUT = phantoms(120, 1), phantoms(100, 2), phantoms(60, 3)
+MASK = SYNTHETIC[0] > 0
+PAIRED, MASKS = (SYNTHETIC[0][:50], REAL[0][:50]), (MASK[:50], REAL[0][:50] > 0)
 
 
-def test_labels_that_mean_nothing_teach_nothing():
-    images, labels = _bars(200)
-    meaningless = np.random.default_rng(1).permutation(labels)
-    utility = train_on_synthetic_test_on_real(images, meaningless, *_bars(200, seed=2), seeds=(0,))
-    assert 0.3 < utility.auc < 0.7
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return train_extractor(*phantoms(200, 4), trained_on="200 drawn phantoms", steps=30)
 
 
-def test_several_seeds_and_classes():
-    utility = train_on_synthetic_test_on_real(*_bars(150, 3), *_bars(90, 3, seed=1), seeds=(4, 5))
-    assert utility.accuracy > 0.9
-    assert utility.accuracy == pytest.approx(np.mean(utility.accuracy_per_seed))
-    assert utility.auc_deviation == pytest.approx(np.std(utility.auc_per_seed, ddof=1))
-    assert utility.chance == pytest.approx(1 / 3)
+@pytest.fixture(scope="module")
+def everything(extractor) -> dict:
+    return {
+        "real": REAL[0],
+        "real_labels": REAL[1],
+        "holdout": HOLDOUT[0],
+        "holdout_labels": HOLDOUT[1],
+        "paired": PAIRED,
+        "masks": MASKS,
+        "extractor": extractor,
+        "seeds": (0,),
+    }
 
 
-def test_the_same_seed_gives_the_same_result_and_global_random_numbers_are_left_alone():
-    noise = np.random.default_rng(1).normal(0, 0.3, (60, 1, 8, 8))  # on which no two classifiers agree
-    images = (*_bars(60), noise, np.arange(60) % 2)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    first = train_on_synthetic_test_on_real(*images, seeds=(7,))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(99)
-        assert train_on_synthetic_test_on_real(*images, seeds=(7,)) == first
-    other = train_on_synthetic_test_on_real(*images, seeds=(8,))
-    assert other != first
+@pytest.fixture(scope="module")
+def local(everything):
+    return evaluate(*SYNTHETIC, rule=Rule.LOCAL, **everything)
 
 
-def test_the_classifier_does_not_depend_on_what_it_is_tested_with():
-    train, (images, labels) = _bars(40), _bars(80, seed=3)
-    images = np.concatenate([images[:40], -images[40:]])  # a half that is hard
-    easy, hard = (images[:40], labels[:40]), (images[40:], labels[40:])
-    whole = train_on_synthetic_test_on_real(*train, images, labels, seeds=(0,))
-    parts = train_once_test_on_each(*train, {"easy": easy, "hard": hard}, seeds=(0,))
-    assert parts["easy"] == train_on_synthetic_test_on_real(*train, *easy, seeds=(0,))
-    easy, hard = parts["easy"], parts["hard"]
-    assert whole.accuracy == pytest.approx((easy.accuracy + hard.accuracy) / 2)
-    assert hard.accuracy < easy.accuracy
+def test_every_measure_is_taken_where_everything_is_given(local):
+    assert [m.name for m in local.measurements] == list(METRICS)
+    assert not local.not_measured
+    assert {m.name for m in local.measurements if m.privacy == "free"} == set(FREE)
+    assert all(m.privacy == "sensitive" for m in local.measurements if m.name not in FREE)
+    assert MUST_STAY in local.text()
+    for name in local.numbers():
+        assert f"\n{name} " in local.text()
 
 
-def test_a_rare_class_is_learned_too():
-    images, labels = _bars(240)
-    keep = np.flatnonzero((labels == 0) | (np.arange(240) % 20 == 1))
-    utility = train_on_synthetic_test_on_real(images[keep], labels[keep], *_bars(100, seed=1), seeds=(0,))
-    assert utility.accuracy > 0.8
+def test_the_numbers_are_those_of_the_measures(local, extractor):
+    (synthetic, labels), real, found = SYNTHETIC, REAL[0], local.numbers()
+    features = extractor.extract(synthetic), extractor.extract(real)
+    assert found["ms_ssim"] == similarity.diversity(synthetic, labels)
+    assert found["duplicate_rate"] == duplicates.duplicate_rate(synthetic)
+    assert found["copied_rate"] == duplicates.copied_rate(synthetic, real)
+    assert found["fid"] == distances.frechet_distance(*features)
+    assert (found["kid"], found["kid_deviation"]) == distances.kernel_distance(*features)
+    assert found["mmd"] == distances.mmd_of_images(synthetic, real)
+    quality = coverage.precision_recall(*features)
+    assert (found["precision"], found["recall"]) == (quality.precision, quality.recall)
+    variety = coverage.density_coverage(*features)
+    assert (found["density"], found["coverage"]) == (variety.density, variety.coverage)
+    assert found["psnr"] == similarity.psnr(*PAIRED).mean()
+    assert found["ssim"] == similarity.ssim(*PAIRED).mean()
+    assert found["mae"] == similarity.mae(*PAIRED).mean()
+    assert {name: found[name] for name in ("dice", "iou")} == similarity.dice_and_iou(*MASKS)
+    for arm in ("tstr", "trts", "trtr"):
+        assert found[f"{arm}_accuracy"] > 0.6
+        assert found[f"{arm}_auc"] > 0.6
+        assert found[f"{arm}_chance"] == 0.5
 
 
-def test_tensors_and_read_only_arrays_are_taken_and_large_images_are_averaged():
-    rng = np.random.default_rng(0)
-    labels = np.arange(20) % 2
-    small = rng.normal(0, 0.3, (20, 1, 8, LARGEST_SIDE)).astype(np.float16)
-    large = small.repeat(2, axis=2).repeat(2, axis=3)
-    large.setflags(write=False)
-    labels.setflags(write=False)
-    tensors = (torch.from_numpy(small), torch.from_numpy(labels.copy()))
-    arrays = train_on_synthetic_test_on_real(large, labels, large, labels, seeds=(0,))
-    assert arrays == train_on_synthetic_test_on_real(*tensors, *tensors, seeds=(0,))
+def test_each_number_says_how_it_was_made(local, extractor):
+    assert local["fid"].settings == {
+        "synthetic_images": 120,
+        "real_images": 100,
+        "extractor_sha256": extractor.sha256,
+        "extractor_trained_on": "200 drawn phantoms",
+        "extractor_accuracy": extractor.accuracy,
+    }
+    assert extractor.sha256 in local.text()
+    assert "200 drawn phantoms" in local.text()
+    with_features = ("fid", "kid", "precision_recall", "density_coverage")
+    assert {m.name for m in local.measurements if "extractor_sha256" in m.settings} == set(with_features)
+    assert local["tstr"].settings["holdout_images"] == 60
+    assert local["paired"].settings["pairs"] == 50
 
 
-GOOD = _bars(40)
+# --- nothing of patients in what may leave
+
+
+def test_what_may_leave_is_free(local):
+    free = local.may_leave()
+    assert tuple(m.name for m in free.measurements) == FREE
+    assert free == evaluate(*SYNTHETIC, rule=Rule.RELEASE)
+    refuse_in_release(free.record())
+    with pytest.raises(PrivacyError, match="PRIVACY_RELEASE"):
+        refuse_in_release({"quality": local.record()})
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in FREE])
+def test_no_sensitive_number_can_be_had_from_what_may_leave(local, name):
+    free = local.may_leave()
+    assert name in local and name not in free
+    numbers = set(local[name].values)
+    assert not numbers & set(free.numbers())
+    shown = free.text() + repr(free) + json.dumps(free.record())
+    assert not [number for number in numbers if f'"{number}"' in shown or f"\n{number} " in shown]
+
+
+@pytest.mark.parametrize("count", [100, 50, 3])
+def test_what_may_leave_does_not_depend_on_the_patients(local, everything, count):
+    """Other patients, too few for FID, or too few for anything: what leaves is the same to the last bit."""
+    other = (-REAL[0][:count], 1 - REAL[1][:count])
+    given = {**everything, "real": other[0], "real_labels": other[1], "paired": (other[0], -other[0])}
+    changed = evaluate(*SYNTHETIC, rule=Rule.LOCAL, metrics=QUICK, **given)
+    assert changed.numbers()["psnr"] != local.numbers()["psnr"]
+    assert changed.may_leave() == local.may_leave()
+    assert changed.may_leave().record() == local.may_leave().record()
+    assert changed.may_leave().text() == local.may_leave().text()
+
+
+def test_a_measure_is_handed_what_it_names_and_free_ones_name_no_real_image():
+    for metric in METRICS.values():
+        assert tuple(inspect.signature(metric.measure).parameters) == metric.reads
+    assert tuple(name for name, metric in METRICS.items() if SYNTHETIC_ONLY.issuperset(metric.reads)) == FREE
+    assert not [name for name in SYNTHETIC_ONLY if "real" in name or "holdout" in name or "true" in name]
+
+
+def test_images_made_from_patients_are_as_sensitive_as_these(local):
+    made = evaluate(*SYNTHETIC, rule=Rule.LOCAL, made_from_patients=True)
+    assert made.numbers() == {name: local.numbers()[name] for name in ("ms_ssim", "duplicate_rate")}
+    assert not made.may_leave().measurements
+    with pytest.raises(PrivacyError, match="PRIVACY_RELEASE"):
+        evaluate(*SYNTHETIC, rule=Rule.RELEASE, made_from_patients=True)
+    with pytest.raises(PrivacyError, match="PRIVACY_RELEASE"):
+        evaluate(*SYNTHETIC, rule=Rule.PUBLIC, made_from_patients=True)
+
+
+REAL_INPUTS = (
+    {"real": REAL[0]},
+    {"real": REAL[0], "real_labels": REAL[1]},
+    {"holdout": HOLDOUT[0]},
+    {"paired": PAIRED},
+    {"masks": MASKS},
+)
+
+
+@pytest.mark.parametrize("given", REAL_INPUTS)
+def test_an_evaluation_for_a_release_takes_no_real_image(given):
+    with pytest.raises(PrivacyError, match="PRIVACY_RELEASE"):
+        evaluate(*SYNTHETIC, rule=Rule.RELEASE, metrics=FREE, **given)
+
+
+@pytest.mark.parametrize("given", REAL_INPUTS)
+def test_public_images_have_a_name(given):
+    for name in ("", "  "):
+        with pytest.raises(PrivacyError, match="not said"):
+            evaluate(*SYNTHETIC, rule=Rule.PUBLIC, metrics=FREE, real_data=name, **given)
+    named = evaluate(*SYNTHETIC, rule=Rule.PUBLIC, metrics=FREE, real_data="drawn phantoms", **given)
+    assert "drawn phantoms" in named.text()
+
+
+def test_public_numbers_may_leave(everything):
+    public = evaluate(*SYNTHETIC, rule=Rule.PUBLIC, real_data="drawn phantoms", metrics=QUICK, **everything)
+    assert {m.privacy for m in public.measurements} == {"free", "public"}
+    assert public.may_leave() is public
+    refuse_in_release(public.record())
+
+
+def test_without_a_rule_nothing_is_measured():
+    with pytest.raises(TypeError):
+        evaluate(*SYNTHETIC)  # type: ignore[call-arg]
+    for rule in (None, "hospital"):
+        with pytest.raises(PrivacyError, match="PRIVACY_RELEASE"):
+            evaluate(*SYNTHETIC, rule=rule)
+
+
+# --- too little, and wrong
+
+
+def test_too_few_real_images_leave_out_what_needs_more(everything):
+    few = {**everything, "real": REAL[0][:40], "real_labels": REAL[1][:40]}
+    found = evaluate(*SYNTHETIC, rule=Rule.LOCAL, metrics=("fid", "kid", "mmd"), **few)
+    assert [m.name for m in found.measurements] == ["kid", "mmd"]
+    assert [(n.name, n.privacy) for n in found.not_measured] == [("fid", "sensitive")]
+    assert "at least 65 images; 40 given" in found.text()
+    assert not found.may_leave().not_measured
+
+
+def test_one_class_trains_no_classifier(everything):
+    single = {**everything, "holdout_labels": HOLDOUT[1] * 0}
+    found = evaluate(*SYNTHETIC, rule=Rule.LOCAL, metrics=("tstr", "trts"), **single)
+    assert [m.name for m in found.measurements] == ["trts"]
+    assert "one class" in found.not_measured[0].reason
+
+
+def test_without_labels_or_extractor_there_are_fewer_measures():
+    found = evaluate(SYNTHETIC[0], rule=Rule.LOCAL, real=REAL[0], holdout=HOLDOUT[0])
+    assert [m.name for m in found.measurements] == ["ms_ssim", "duplicates", "copies", "mmd"]
+    assert found.numbers()["ms_ssim"] == similarity.diversity(SYNTHETIC[0], np.zeros(120, int))
+    only_pairs = evaluate(rule=Rule.LOCAL, paired=PAIRED)
+    assert [m.name for m in only_pairs.measurements] == ["paired"]
+
+
+def test_a_number_that_is_none_is_not_reported(monkeypatch):
+    monkeypatch.setitem(METRICS, "duplicates", Metric(("synthetic",), lambda synthetic: {"duplicate_rate": np.nan}))
+    found = evaluate(*SYNTHETIC, rule=Rule.RELEASE)
+    assert [m.name for m in found.measurements] == ["ms_ssim"]
+    assert "no finite number" in found.text()
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("arguments", "message"),
     [
-        (GOOD[0][:, 0], GOOD[1], "shape"),
-        (GOOD[0].repeat(3, axis=1), GOOD[1], "shape"),
-        (GOOD[0][:, :, :4], GOOD[1], "shape"),
-        (GOOD[0], GOOD[1][:-1], "differ in number"),
-        (GOOD[0], GOOD[1] - 1, "whole numbers"),
-        (GOOD[0], GOOD[1] + 0.5, "whole numbers"),
-        (np.where(GOOD[0] > 0.9, np.nan, GOOD[0]), GOOD[1], "not finite"),
-        (np.where(GOOD[0] > 0.9, np.inf, GOOD[0]), GOOD[1], "not finite"),
-        (GOOD[0], GOOD[1] * 0, "one class"),
-        (GOOD[0][:0], GOOD[1][:0], "one class"),
-        (GOOD[0][: 2 * FEWEST_OF_A_CLASS - 1], GOOD[1][: 2 * FEWEST_OF_A_CLASS - 1], "fewer than"),
-        (GOOD[0], GOOD[1] + 1, "differ in their classes"),
-        (_bars(40, side=9)[0], GOOD[1], "differ in size"),
+        ({"metrics": ("ms_ssim", "inception_score")}, "no measure is called inception_score"),
+        ({"metrics": ("fid",), "real": REAL[0]}, "extractor"),
+        ({"metrics": ("tstr",), "real": REAL[0]}, "holdout"),
+        ({"real": REAL[0][:, :, :12]}, "size"),
+        ({"holdout": HOLDOUT[0][:, :, :12]}, "size"),
+        ({"real": REAL[0] * 3}, "outside"),
+        ({"real": np.where(REAL[0] > 0.5, np.nan, REAL[0])}, "not finite"),
+        ({"real": REAL[0], "real_labels": REAL[1][1:]}, "differ in number"),
+        ({"real_labels": REAL[1]}, "no images"),
+        ({"paired": (PAIRED[0], PAIRED[1][1:])}, "number or size"),
+        ({"masks": (MASKS[0] * 0.5, MASKS[1])}, "whole numbers"),
     ],
 )
-def test_wrong_images_are_refused_on_both_sides(images: np.ndarray, labels: np.ndarray, message: str):
-    for arguments in ((images, labels, *GOOD), (*GOOD, images, labels)):
-        with pytest.raises(DataError, match=message) as caught:
-            train_on_synthetic_test_on_real(*arguments)
-        assert caught.value.code == "DATA_EVALUATION"
+def test_what_cannot_be_evaluated(arguments, message):
+    with pytest.raises(DataError, match=message) as caught:
+        evaluate(*SYNTHETIC, rule=Rule.LOCAL, **arguments)
+    assert caught.value.code == "DATA_EVALUATION"
 
 
-def test_no_seed_is_refused():
-    with pytest.raises(DataError, match="seed"):
-        train_on_synthetic_test_on_real(*GOOD, *GOOD, seeds=())
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.lists(st.integers(0, 12), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1),
-    st.floats(0.01, 0.99),
-    st.integers(0, 5),
-)
-def test_a_split_is_complete_disjoint_and_of_patients(patients: list[int], fraction: float, seed: int):
-    patient_N = np.array(patients)
-    train, held = split_patients(patient_N, fraction, seed)
-    assert sorted([*train, *held]) == list(range(len(patients)))
-    assert not set(patient_N[train]) & set(patient_N[held])
-    everybody = len(set(patients))
-    assert len(set(patient_N[held])) == min(max(round(fraction * everybody), 1), everybody - 1)
-    # Another order of the images, or names instead of numbers, holds out the same people.
-    order = np.random.default_rng(seed).permutation(len(patients))
-    assert set(patient_N[order][split_patients(patient_N[order], fraction, seed)[1]]) == set(patient_N[held])
-    named = np.array([f"p{p:02d}" for p in patients])
-    np.testing.assert_array_equal(split_patients(named, fraction, seed)[1], held)
-
-
-@pytest.mark.parametrize(
-    ("patients", "fraction"), [([1, 1], 0.5), ([], 0.5), ([1, 2], 0.0), ([1, 2], 1.0), ([1, 2], float("nan"))]
-)
-def test_a_split_that_is_not_one(patients: list[int], fraction: float):
-    with pytest.raises(DataError, match="DATA_EVALUATION"):
-        split_patients(np.array(patients), fraction, 0)
+def test_a_held_out_image_is_not_among_the_real_ones():
+    mixed = np.concatenate([REAL[0], HOLDOUT[0][7:8]])
+    with pytest.raises(DataError, match="DATA_DUPLICATE"):
+        evaluate(*SYNTHETIC, rule=Rule.LOCAL, real=mixed, holdout=HOLDOUT[0])

@@ -1,273 +1,326 @@
-"""Are synthetic images of use? Train a classifier on them, test it on real ones (TSTR).
+"""Everything that is measured of a generator's images, in one call and under one rule (`rule`).
 
-The classifier, its number of steps and its settings are fixed beforehand, and it sees no real test image
-before the one measurement: no early stopping, no choice among checkpoints, no threshold tuned on the test
-set. The reference "train on real" is the same function with real training images of OTHER patients
-(`split_patients`).
+    evaluate(images, labels, rule=Rule.PUBLIC, real_data="drawn phantoms",
+             real=..., real_labels=..., holdout=..., holdout_labels=..., extractor=...)
+    evaluate(images, labels, rule=Rule.LOCAL, ...same...).may_leave()
+    evaluate(images, labels, rule=Rule.RELEASE)
 
-The result is computed from real patients without noise, so no epsilon covers it. Under a study it stays at
-the hospital unless the hospital decides otherwise; simulations print it: their data are public or drawn.
-
-Source: Esteban, Hyland, Raetsch, "Real-valued (medical) time series generation with recurrent conditional
-GANs", 2017.
+A measure is handed the inputs that it names in METRICS and no others, and whether it is sensitive follows from these
+names. So a measure that is called free has not seen a real image.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from fedmedgan.shared.errors import DataError
+from fedmedgan.client.release import coverage, distances, duplicates, similarity
+from fedmedgan.client.release.classifiers import (
+    BATCH,
+    FEWEST_OF_A_CLASS,
+    LARGEST_SIDE,
+    LEARNING_RATE,
+    STEPS,
+    Utility,
+    train_on_real_test_on_synthetic,
+    train_on_synthetic_test_on_real,
+    train_once_test_on_each,
+)
+from fedmedgan.client.release.features import FeatureExtractor
+from fedmedgan.client.release.holdout import split_patients
+from fedmedgan.client.release.images import NotMeasurable, as_images, as_labels
+from fedmedgan.client.release.rule import Evaluation, Measurement, NotMeasured, Privacy, Rule, Value
+from fedmedgan.shared.errors import DataError, PrivacyError
 
-STEPS = 300
-BATCH = 32
-LEARNING_RATE = 5e-3
-FEWEST_OF_A_CLASS = 5
-"""Images of each class, in training and in testing; below it a figure would mean nothing."""
-LARGEST_SIDE = 64
-"""Larger images are averaged down to this many pixels a side."""
+__all__ = [
+    "BATCH",
+    "FEWEST_OF_A_CLASS",
+    "LARGEST_SIDE",
+    "LEARNING_RATE",
+    "METRICS",
+    "STEPS",
+    "Evaluation",
+    "Rule",
+    "Utility",
+    "evaluate",
+    "split_patients",
+    "train_on_real_test_on_synthetic",
+    "train_on_synthetic_test_on_real",
+    "train_once_test_on_each",
+]
+
+SEED = 0
+"""Of pairs and subsets that are drawn."""
 
 
 @dataclass(frozen=True)
-class Utility:
-    """Scores of the classifier on the real test images, one for each seed of the classifier.
+class Metric:
+    """One measure: the inputs that it is handed, by name, and what it makes of them."""
 
-    `accuracy` counts correct answers. `auc` is the area under the ROC curve, one class against the rest,
-    averaged over the classes. Deviations are those of a sample, 0 for a single seed. They cover the seed of
-    the classifier alone: not the generator's, and not the choice of test patients.
-    """
-
-    accuracy: float
-    accuracy_deviation: float
-    accuracy_per_seed: tuple[float, ...]
-    auc: float
-    auc_deviation: float
-    auc_per_seed: tuple[float, ...]
-    chance: float
-    """Accuracy of always answering the commonest class of the test set."""
-    trained_on: int
-    tested_on: int
+    reads: tuple[str, ...]
+    measure: Callable[..., Mapping[str, float]]
+    settings: Mapping[str, Value] = field(default_factory=dict)
 
 
-def train_on_synthetic_test_on_real(
-    synthetic_N1HW: Any,
-    labels: Any,
-    real_N1HW: Any,
-    real_labels: Any,
+def evaluate(
+    synthetic: Any | None = None,
+    labels: Any | None = None,
     *,
+    rule: Rule,
+    real: Any | None = None,
+    real_labels: Any | None = None,
+    holdout: Any | None = None,
+    holdout_labels: Any | None = None,
+    paired: tuple[Any, Any] | None = None,
+    masks: tuple[Any, Any] | None = None,
+    extractor: FeatureExtractor | None = None,
+    metrics: Collection[str] | None = None,
+    made_from_patients: bool = False,
+    real_data: str = "",
     seeds: Sequence[int] = (0, 1, 2),
     device: str = "cpu",
-) -> Utility:
-    """Train the fixed classifier on `synthetic_N1HW`, test it once on `real_N1HW`; once for each seed.
-
-    Batches hold every class with equal chance, so the mixture of labels in the training set plays no part.
+) -> Evaluation:
+    """Measure synthetic images. Images are (N, 1, H, W) in [-1, 1], arrays or tensors; labels classes 0..K-1, (N,).
 
     Args:
-        synthetic_N1HW: training images in [-1, 1], array or tensor of any float type.
-        labels: their classes 0..K-1, shape (N,).
-        real_N1HW: test images of the same size, of patients that no training image shows.
-        real_labels: their classes, shape (M,).
-        seeds: one classifier each. The same seed gives the same result again on a CPU.
-        device: where to train.
+        synthetic: images of a generator, made from noise and labels.
+        labels: their classes; without, images count as one class and no classifier is trained.
+        rule: see `Rule`. There is no default.
+        real: real images, such as those that the generator was trained on.
+        real_labels: their classes.
+        holdout: real images of patients that are in no training set: the only ones that TSTR is tested on.
+        holdout_labels: their classes.
+        paired: images made from inputs, and the real images that they should be: PSNR, SSIM, MAE.
+        masks: predicted masks and true ones, class of each pixel: Dice, IoU.
+        extractor: the declared features of FID, KID, precision, recall, density and coverage.
+        metrics: names of METRICS; all those whose inputs are given if None.
+        made_from_patients: the synthetic images were made from patients' images, as image-to-image recipes do; then
+            no number is free.
+        real_data: under the public rule, which real images these are, in words.
+        seeds: one classifier each.
+        device: where classifiers are trained.
 
     Raises:
-        DataError: DATA_EVALUATION, in these cases:
+        PrivacyError: PRIVACY_RELEASE, no known rule; real images under the rule "release"; real images under the rule
+            "public" without `real_data`.
+        DataError: DATA_EVALUATION, images or labels of a wrong form; an unknown metric, or one whose inputs are not
+            given. DATA_DUPLICATE, a held-out image is also among the real ones.
 
-            ==================================================  ============================
-            images not (N, 1, H, W), H or W below 8             shape
-            sizes differ between training and testing           shape
-            one label an image is not given                     shape
-            labels negative or not whole numbers                labels
-            NaN or infinity in an image                         not finite
-            a single class                                      at least two are needed
-            a class that only one side has                      classes differ
-            fewer than FEWEST_OF_A_CLASS images of a class      too few
-            no seed                                             at least one is needed
-            ==================================================  ============================
+    ========================================  =====================================================
+    case                                      result
+    ========================================  =====================================================
+    too few images, or a single class         the measure is in `not_measured`, with the reason
+    no more images than features              FID is in `not_measured`; the others are measured
+    a number that comes out as NaN            in `not_measured`
+    no labels                                 classifiers are not trained; diversity over all images
+    the hospital asks for `may_leave()`       free measurements only
+    ========================================  =====================================================
     """
-    tests = {"": (real_N1HW, real_labels)}
-    return train_once_test_on_each(synthetic_N1HW, labels, tests, seeds=seeds, device=device)[""]
+    rule = Rule.of(rule)
+    given = {"real": real, "holdout": holdout, "paired": paired, "masks": masks}
+    reads_real = made_from_patients or any(value is not None for value in given.values())
+    if reads_real and rule is Rule.RELEASE:
+        raise PrivacyError("PRIVACY_RELEASE", "real images were given to an evaluation for a release")
+    if reads_real and rule is Rule.PUBLIC and not real_data.strip():
+        raise PrivacyError("PRIVACY_RELEASE", "it is not said which public or drawn images the real ones are")
+
+    inputs: dict[str, Any] = {"seeds": seeds, "device": device}
+    inputs |= _images("synthetic", synthetic, "labels", labels)
+    inputs |= _images("real", real, "real_labels", real_labels)
+    inputs |= _images("holdout", holdout, "holdout_labels", holdout_labels)
+    for name, pair in (("paired", paired), ("masks", masks)):
+        inputs |= {} if pair is None else {name: pair}
+    if synthetic is not None:
+        inputs["groups"] = inputs.get("labels", np.zeros(len(inputs["synthetic"]), np.int64))
+    _refuse_unequal(inputs)
+
+    if extractor is None:
+        possible = set(inputs)
+    else:
+        possible = {*inputs, *(f"{name}_features" for name in ("synthetic", "real") if name in inputs)}
+    chosen = _chosen(metrics, possible)
+    for name in ("synthetic", "real"):
+        if extractor is not None and any(f"{name}_features" in METRICS[metric].reads for metric in chosen):
+            inputs[f"{name}_features"] = extractor.extract(inputs[name])
+
+    found: list[Measurement] = []
+    missed: list[NotMeasured] = []
+    for name in chosen:
+        metric = METRICS[name]
+        privacy = _privacy(metric, rule, made_from_patients)
+        handed = {key: inputs[key] for key in metric.reads}
+        try:
+            values = metric.measure(**handed)
+            found.append(Measurement(name, privacy, values, _settings(metric, handed, extractor)))
+        except NotMeasurable as error:
+            missed.append(NotMeasured(name, privacy, f"{error.what}; {error.where}" if error.where else error.what))
+    return Evaluation(rule, tuple(found), tuple(missed), real_data if reads_real and rule is Rule.PUBLIC else "")
 
 
-def train_once_test_on_each(
-    train_N1HW: Any,
-    labels: Any,
-    tests: Mapping[str, tuple[Any, Any]],
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    device: str = "cpu",
-) -> dict[str, Utility]:
-    """`train_on_synthetic_test_on_real` for several test sets, name -> (images, labels), with the same classifiers."""
-    images, label_N = _checked(train_N1HW, labels, "training")
-    classes = np.unique(label_N)
-    checked = {name: _checked(*test, "testing") for name, test in tests.items()}
-    for test_images, test_label_N in checked.values():
-        if images.shape[1:] != test_images.shape[1:]:
-            raise DataError("DATA_EVALUATION", "training and test images differ in size")
-        if not np.array_equal(classes, np.unique(test_label_N)):
-            raise DataError("DATA_EVALUATION", "training and test images differ in their classes")
-    if not seeds:
-        raise DataError("DATA_EVALUATION", "no seed was given")
+# --- what goes in ----------------------------------------------------------------------------------------
 
-    images = images.to(device)
-    target_N = torch.from_numpy(np.searchsorted(classes, label_N)).to(device)
-    classifiers = [_train(images, target_N, len(classes), seed) for seed in seeds]
+
+def _images(name: str, images: Any, labels_name: str, labels: Any) -> dict[str, Any]:
+    if images is None:
+        if labels is not None:
+            raise DataError("DATA_EVALUATION", f"labels were given for {name} images, but no images")
+        return {}
+    checked = as_images(images, name)
+    return {name: checked} | ({} if labels is None else {labels_name: as_labels(labels, len(checked), name)})
+
+
+def _refuse_unequal(inputs: Mapping[str, Any]) -> None:
+    sets = {name: inputs[name] for name in ("synthetic", "real", "holdout") if name in inputs}
+    if len({tuple(images.shape[1:]) for images in sets.values()}) > 1:
+        raise DataError("DATA_EVALUATION", f"{', '.join(sets)} images differ in size")
+    if "real" in sets and "holdout" in sets:
+        held, real = ({image.tobytes() for image in sets[name].numpy()} for name in ("holdout", "real"))
+        if held & real:
+            raise DataError("DATA_DUPLICATE", "a held-out image is also among the real images")
+
+
+def _chosen(metrics: Collection[str] | None, possible: Collection[str]) -> list[str]:
+    if metrics is None:
+        return [name for name, metric in METRICS.items() if set(metric.reads) <= set(possible)]
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        hint = f"one of {', '.join(METRICS)}"
+        raise DataError("DATA_EVALUATION", f"no measure is called {', '.join(unknown)}", hint=hint)
+    for name in metrics:
+        if missing := [key for key in METRICS[name].reads if key not in possible]:
+            where = ", ".join(missing).replace("_features", " with an extractor")
+            raise DataError(
+                "DATA_EVALUATION", f"{name} needs what is not given", where, hint="give it, or leave it out"
+            )
+    return [name for name in METRICS if name in metrics]
+
+
+# --- what comes out --------------------------------------------------------------------------------------
+
+
+def _privacy(metric: Metric, rule: Rule, made_from_patients: bool) -> Privacy:
+    reads_real = made_from_patients or not SYNTHETIC_ONLY.issuperset(metric.reads)
+    if not reads_real:
+        return "free"
+    return "public" if rule is Rule.PUBLIC else "sensitive"
+
+
+def _settings(metric: Metric, handed: Mapping[str, Any], extractor: FeatureExtractor | None) -> dict[str, Value]:
+    settings = dict(metric.settings)
+    for name, value in handed.items():
+        if isinstance(value, Tensor):
+            settings[f"{name.removesuffix('_features')}_images"] = len(value)
+        elif name in ("paired", "masks"):
+            settings["pairs"] = len(value[0])
+        elif name == "seeds":
+            settings["seeds"] = len(value)
+    if extractor is not None and any(name.endswith("_features") for name in handed):
+        settings |= extractor.declaration()
+    return settings
+
+
+# --- the measures ----------------------------------------------------------------------------------------
+
+
+def _ms_ssim(synthetic: Tensor, groups: NDArray[np.int64]) -> dict[str, float]:
+    return {"ms_ssim": similarity.diversity(synthetic, groups, seed=SEED)}
+
+
+def _duplicates(synthetic: Tensor) -> dict[str, float]:
+    return {"duplicate_rate": duplicates.duplicate_rate(synthetic)}
+
+
+def _copies(synthetic: Tensor, real: Tensor) -> dict[str, float]:
+    return {"copied_rate": duplicates.copied_rate(synthetic, real)}
+
+
+def _fid(synthetic_features: Tensor, real_features: Tensor) -> dict[str, float]:
+    return {"fid": distances.frechet_distance(synthetic_features, real_features)}
+
+
+def _kid(synthetic_features: Tensor, real_features: Tensor) -> dict[str, float]:
+    mean, deviation = distances.kernel_distance(synthetic_features, real_features, seed=SEED)
+    return {"kid": mean, "kid_deviation": deviation}
+
+
+def _mmd(synthetic: Tensor, real: Tensor) -> dict[str, float]:
+    return {"mmd": distances.mmd_of_images(synthetic, real, seed=SEED)}
+
+
+def _precision_recall(synthetic_features: Tensor, real_features: Tensor) -> dict[str, float]:
+    found = coverage.precision_recall(synthetic_features, real_features)
+    return {"precision": found.precision, "recall": found.recall}
+
+
+def _density_coverage(synthetic_features: Tensor, real_features: Tensor) -> dict[str, float]:
+    found = coverage.density_coverage(synthetic_features, real_features)
+    return {"density": found.density, "coverage": found.coverage}
+
+
+def _tstr(
+    synthetic: Tensor, labels: Any, holdout: Tensor, holdout_labels: Any, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    found = train_on_synthetic_test_on_real(synthetic, labels, holdout, holdout_labels, seeds=seeds, device=device)
+    return _of_utility("tstr", found)
+
+
+def _trts(
+    real: Tensor, real_labels: Any, synthetic: Tensor, labels: Any, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    found = train_on_real_test_on_synthetic(real, real_labels, synthetic, labels, seeds=seeds, device=device)
+    return _of_utility("trts", found)
+
+
+def _trtr(
+    real: Tensor, real_labels: Any, holdout: Tensor, holdout_labels: Any, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    tests = {"holdout": (holdout, holdout_labels)}
+    found = train_once_test_on_each(real, real_labels, tests, seeds=seeds, device=device)
+    return _of_utility("trtr", found["holdout"])
+
+
+def _of_utility(name: str, found: Utility) -> dict[str, float]:
     return {
-        name: _measure(classifiers, test_images.to(device), np.searchsorted(classes, test_label_N), len(images))
-        for name, (test_images, test_label_N) in checked.items()
+        f"{name}_accuracy": found.accuracy,
+        f"{name}_accuracy_deviation": found.accuracy_deviation,
+        f"{name}_auc": found.auc,
+        f"{name}_auc_deviation": found.auc_deviation,
+        f"{name}_chance": found.chance,
     }
 
 
-def _measure(
-    classifiers: list[_Classifier], images_N1HW: Tensor, truth_N: NDArray[np.int64], trained_on: int
-) -> Utility:
-    answers = [_predict(classifier, images_N1HW) for classifier in classifiers]
-    accuracies = [float((chances_NK.argmax(1) == truth_N).mean()) for chances_NK in answers]
-    aucs = [_auc(truth_N, chances_NK) for chances_NK in answers]
-    return Utility(
-        accuracy=statistics.fmean(accuracies),
-        accuracy_deviation=_deviation(accuracies),
-        accuracy_per_seed=tuple(accuracies),
-        auc=statistics.fmean(aucs),
-        auc_deviation=_deviation(aucs),
-        auc_per_seed=tuple(aucs),
-        chance=float(np.bincount(truth_N).max() / len(truth_N)),
-        trained_on=trained_on,
-        tested_on=len(truth_N),
-    )
+def _paired(paired: tuple[Any, Any]) -> dict[str, float]:
+    scores = {"psnr": similarity.psnr(*paired), "ssim": similarity.ssim(*paired), "mae": similarity.mae(*paired)}
+    return {name: float(score_N.mean()) for name, score_N in scores.items()}
 
 
-def split_patients(patient_N: Any, holdout_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows for training and rows held out, no patient in both.
-
-    Args:
-        patient_N: patient of each image, integers or strings.
-        holdout_fraction: fraction of the PATIENTS to hold out, in (0, 1); at least one stays on either side.
-        seed: chooses the patients; independent of the order of the images.
-
-    Returns:
-        Sorted row numbers (training, held out).
-
-    Raises:
-        DataError: DATA_EVALUATION, fewer than two patients or a fraction outside (0, 1).
-    """
-    patient_N = np.asarray(patient_N)
-    patients = np.unique(patient_N)
-    if not 0 < holdout_fraction < 1:
-        raise DataError("DATA_EVALUATION", f"the hold-out fraction {holdout_fraction} is not between 0 and 1")
-    if patient_N.ndim != 1 or len(patients) < 2:
-        raise DataError("DATA_EVALUATION", "at least two patients are needed to hold one out")
-    count = min(max(round(holdout_fraction * len(patients)), 1), len(patients) - 1)
-    held = np.random.default_rng(seed).choice(patients, size=count, replace=False)
-    is_held_N = np.isin(patient_N, held)
-    return np.flatnonzero(~is_held_N), np.flatnonzero(is_held_N)
+def _masks(masks: tuple[Any, Any]) -> dict[str, float]:
+    return similarity.dice_and_iou(*masks)
 
 
-class _Classifier(nn.Module):
-    """Three strided convolutions. GroupNorm: no statistics of training batches are carried to the test."""
+SYNTHETIC_ONLY = frozenset({"synthetic", "labels", "groups", "synthetic_features", "seeds", "device"})
+"""Inputs that show no real image. All others do, so a new input is sensitive until it is listed here."""
 
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 8, 5, stride=2, padding=2),
-            nn.GroupNorm(4, 8),
-            nn.ReLU(),
-            nn.Conv2d(8, 16, 3, stride=2, padding=1),
-            nn.GroupNorm(4, 16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.GroupNorm(4, 32),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4),  # keeps roughly where in the chest a feature lies
-            nn.Flatten(),
-        )
-        self.answer = nn.Linear(32 * 4 * 4, classes)
+_FEATURES = ("synthetic_features", "real_features")
+_CLASSIFIER: Mapping[str, Value] = {"steps": STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE}
 
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        return self.answer(self.features(images_N1HW))
-
-
-def _train(images_N1HW: Tensor, target_N: Tensor, classes: int, seed: int) -> _Classifier:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):  # the usual initialisation would draw from torch's global generator
-        classifier = _Classifier(classes)
-    classifier.to_empty(device=images_N1HW.device)
-    with torch.no_grad():
-        for name, parameter in classifier.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:  # the scale of a GroupNorm
-                parameter.fill_(1)
-            else:  # He initialisation
-                spread = (2 / parameter[0].numel()) ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-    counts_K = torch.bincount(target_N.cpu(), minlength=classes)
-    weight_N = (1 / counts_K.float())[target_N.cpu()]
-    optimiser = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=STEPS)
-    for _ in range(STEPS):
-        rows = torch.multinomial(weight_N, BATCH, replacement=True, generator=generator)
-        optimiser.zero_grad()
-        loss = functional.cross_entropy(classifier(images_N1HW[rows]), target_N[rows])
-        torch.autograd.backward(loss)
-        optimiser.step()
-        schedule.step()
-    return classifier
-
-
-@torch.no_grad()
-def _predict(classifier: _Classifier, images_N1HW: Tensor) -> NDArray[np.float64]:
-    logits = torch.cat([classifier(part) for part in torch.split(images_N1HW, 256)])
-    return logits.double().softmax(1).cpu().numpy()
-
-
-def _auc(truth_N: NDArray[np.int64], chances_NK: NDArray[np.float64]) -> float:
-    if chances_NK.shape[1] == 2:
-        return float(roc_auc_score(truth_N, chances_NK[:, 1]))
-    return float(roc_auc_score(truth_N, chances_NK, multi_class="ovr", average="macro"))
-
-
-def _deviation(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _as_array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def _checked(images: Any, labels: Any, role: str) -> tuple[Tensor, NDArray[np.int64]]:
-    """Images as float32, averaged down to at most LARGEST_SIDE, and labels as integers; or a DataError."""
-    images_N1HW = torch.from_numpy(np.array(_as_array(images), dtype=np.float32))
-    label_N = _as_array(labels)
-    shape = images_N1HW.shape
-    if images_N1HW.ndim != 4 or shape[1] != 1 or min(shape[2:]) < 8:
-        raise DataError("DATA_EVALUATION", f"the {role} images have shape {tuple(shape)}, not (N, 1, H, W)")
-    if label_N.shape != (len(images_N1HW),):
-        raise DataError("DATA_EVALUATION", f"the {role} images and their labels differ in number")
-    if label_N.dtype.kind not in "iu" or (label_N < 0).any():
-        raise DataError("DATA_EVALUATION", f"the {role} labels are not whole numbers from 0")
-    if not bool(torch.isfinite(images_N1HW).all()):
-        raise DataError("DATA_EVALUATION", f"the {role} images hold values that are not finite")
-    classes, counts = np.unique(label_N, return_counts=True)
-    if len(classes) < 2:
-        raise DataError("DATA_EVALUATION", f"the {role} images are all of one class")
-    if counts.min() < FEWEST_OF_A_CLASS:
-        raise DataError(
-            "DATA_EVALUATION",
-            f"fewer than {FEWEST_OF_A_CLASS} {role} images of a class",
-            f"class {classes[counts.argmin()]}",
-        )
-    longest = max(shape[2:])
-    if longest > LARGEST_SIDE:
-        sides = [max(8, round(side * LARGEST_SIDE / longest)) for side in shape[2:]]
-        images_N1HW = functional.interpolate(images_N1HW, size=sides, mode="area")
-    return images_N1HW, label_N.astype(np.int64)
+METRICS: Mapping[str, Metric] = {
+    "ms_ssim": Metric(("synthetic", "groups"), _ms_ssim, {"most_pairs": similarity.PAIRS}),
+    "duplicates": Metric(("synthetic",), _duplicates, {"distance": duplicates.LARGEST_DISTANCE}),
+    "copies": Metric(("synthetic", "real"), _copies, {"distance": duplicates.LARGEST_DISTANCE}),
+    "fid": Metric(_FEATURES, _fid),
+    "kid": Metric(_FEATURES, _kid, {"subsets": distances.KID_SUBSETS}),
+    "mmd": Metric(("synthetic", "real"), _mmd, {"side": distances.MMD_SIDE, "most_images": distances.MMD_MOST}),
+    "precision_recall": Metric(_FEATURES, _precision_recall, {"k": coverage.PRECISION_K}),
+    "density_coverage": Metric(_FEATURES, _density_coverage, {"k": coverage.COVERAGE_K}),
+    "tstr": Metric(("synthetic", "labels", "holdout", "holdout_labels", "seeds", "device"), _tstr, _CLASSIFIER),
+    "trts": Metric(("real", "real_labels", "synthetic", "labels", "seeds", "device"), _trts, _CLASSIFIER),
+    "trtr": Metric(("real", "real_labels", "holdout", "holdout_labels", "seeds", "device"), _trtr, _CLASSIFIER),
+    "paired": Metric(("paired",), _paired),
+    "masks": Metric(("masks",), _masks),
+}
+"""Every measure by its name. A name may make several numbers."""
