@@ -1,0 +1,284 @@
+"""Image to image on real radiographs: denoising and super-resolution (pix2pix), and two hospitals' styles (cyclegan).
+
+    python benchmarks/translation.py --rounds 15
+
+pix2pix on PneumoniaMNIST, split IID among three sites: PSNR and SSIM on the 624 test images, beside the input as it is,
+bicubic interpolation (or a Gaussian filter), and a plain U-Net that was trained on all images without discriminator
+and privacy; federated against one site alone, with privacy and without. cyclegan between the two hospitals of
+chest-xray-sites: how far each hospital's radiographs are from the other's before and after.
+
+Writes benchmarks/results/translation.json and docs/results/translation.md. Pictures show drawn phantoms, no radiograph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from _quality import DOCS, Set, pneumonia, study_for, train, two_hospitals
+from _results import write
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedmedgan.client.gans.parts.translation import UNet, degraded
+from fedmedgan.client.release import pictures
+from fedmedgan.client.release.distances import mmd_of_images
+from fedmedgan.client.release.similarity import psnr, ssim
+from fedmedgan.shared.study import Study
+from fedmedgan.simulations import phantoms
+from fedmedgan.simulations.partitions import Partition, split
+
+SITES = 3
+DELTA = 1e-4
+EPSILON = 8.0
+TASKS = {"denoise": "denoising, simulated low dose", "super-resolution-2": "super-resolution, half to full"}
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    task: str
+    arm: str
+    epsilon: float | None
+    psnr: float
+    """dB, mean over test images."""
+    ssim: float
+    minutes: float
+
+
+def sections(task: str, settings: argparse.Namespace) -> dict:
+    """What all arms have in common."""
+    return {
+        "gan": {
+            "recipe": "pix2pix",
+            "private": "both",
+            "task": task,
+            "generator_width": 8,
+            "discriminator_width": 8,
+            "norm": "none",
+            "generator_norm": "none",
+            "ema": 0.9,
+        },
+        "training": {
+            "rounds": settings.rounds,
+            "local_steps": settings.local_steps,
+            "patients_per_step": settings.patients_per_step,
+            "discriminator_steps": 1,
+            "generator_lr": 1e-3,
+            "discriminator_lr": 5e-4,
+        },
+    }
+
+
+def phantoms_of(size: int) -> Tensor:
+    """Drawn chests, for pictures: no radiograph is shown."""
+    rng = np.random.default_rng(5)
+    images = phantoms.radiographs(phantoms.draw_anatomy(rng, SHOWN), np.arange(SHOWN) % 2, size, rng)
+    return torch.from_numpy(images[:, None].astype(np.float32) * 2 - 1)
+
+
+def scored(task: str, arm: str, made: Tensor, wanted: Tensor, epsilon: float | None, minutes: float) -> Row:
+    made = made.clamp(-1, 1)
+    return Row(task, arm, epsilon, float(psnr(made, wanted).mean()), float(ssim(made, wanted).mean()), minutes)
+
+
+def by_hand(task: str, given: Tensor) -> Tensor:
+    """The usual method without learning: bicubic interpolation; for noise, a small Gaussian filter."""
+    if task.startswith("super"):
+        small = functional.avg_pool2d(given, 2)  # each pixel was copied four times, so this is the small image itself
+        return functional.interpolate(small, scale_factor=2, mode="bicubic", align_corners=False)
+    axis = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / 2)
+    kernel = (axis[:, None] * axis[None, :])[None, None]
+    padded = functional.pad(given, (2, 2, 2, 2), mode="replicate")
+    return functional.conv2d(padded, kernel / kernel.sum())
+
+
+def plain_unet(study: Study, task: str, images: Tensor, seconds: float) -> nn.Module:
+    """No discriminator, no privacy, all images in one place: what a network of this size can do in that time."""
+    torch.manual_seed(0)
+    network, began = UNet(study.images, study.gan), time.perf_counter()
+    adam, random = torch.optim.Adam(network.parameters(), 1e-3), torch.Generator().manual_seed(0)
+    while time.perf_counter() - began < seconds:
+        wanted = images[torch.randint(len(images), (64,), generator=random)]
+        adam.zero_grad()
+        functional.l1_loss(network(degraded(task, wanted, random)), wanted).backward()
+        adam.step()
+    return network
+
+
+def pix2pix(task: str, data: Set, settings: argparse.Namespace) -> list[Row]:
+    parts = split(data.labels, SITES, Partition.parse("iid"), seed=1)
+    sites = [data.of_patients(rows) for rows in parts]
+    wanted = torch.from_numpy(data.test_images)
+    given = degraded(task, wanted, torch.Generator().manual_seed(0))
+    rows = [
+        scored(task, "the input as it is", given, wanted, None, 0.0),
+        scored(
+            task, "bicubic" if task.startswith("super") else "Gaussian filter", by_hand(task, given), wanted, None, 0.0
+        ),
+    ]
+    phantom = phantoms_of(data.images.shape[-1])
+    blurred = degraded(task, phantom, torch.Generator().manual_seed(1))
+    shown = [("input", blurred), ("target", phantom)]
+    for arm, used, epsilon in (
+        ("federated, private", sites, EPSILON),
+        ("one site alone, private", sites[:1], EPSILON),
+        ("federated, WITHOUT privacy", sites, None),
+        ("one site alone, WITHOUT privacy", sites[:1], None),
+    ):
+        sizes = [part.n_patients for part in used]
+        study = study_for(data, sizes, epsilon=epsilon, delta=DELTA, **sections(task, settings))
+        done = train(study, used)
+        with torch.no_grad():
+            rows.append(scored(task, arm, done.generator(given), wanted, done.epsilon, done.seconds / 60))
+            shown.insert(-1, (arm, done.generator(blurred)))
+        print(rows[-1], flush=True)
+    longest = max(row.minutes for row in rows) * 60
+    network = plain_unet(study, task, torch.from_numpy(data.images), longest)
+    with torch.no_grad():
+        made = network(given)
+    rows.append(scored(task, "plain U-Net, all images, WITHOUT privacy", made, wanted, None, longest / 60))
+    strip = [(name, pictures.grid(images[:SHOWN], 2)) for name, images in shown]
+    (DOCS / "translation").mkdir(parents=True, exist_ok=True)
+    (DOCS / "translation" / f"{task}.png").write_bytes(pictures.png(pictures.film_strip(strip)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Style:
+    """Squared MMD (unbiased, RBF) between the images of one hospital and of the other: 0 is the same style."""
+
+    direction: str
+    privacy: str
+    before: float
+    after: float
+    kept: float
+    """SSIM between an image and its translation: how much of the anatomy is still there."""
+    minutes: float
+
+
+def cyclegan(settings: argparse.Namespace) -> list[Style]:
+    data = two_hospitals(32)
+    rows = []
+    for epsilon in (EPSILON, None):
+        found = split(data.patient_labels, SITES, Partition.parse("iid"), seed=1)
+        sizes = [len(part) for part in found]
+        study = study_for(
+            data,
+            sizes,
+            epsilon=epsilon,
+            delta=DELTA * 5,
+            gan={
+                "recipe": "cyclegan",
+                "private": "both",
+                "generator_width": 8,
+                "discriminator_width": 8,
+                "norm": "none",
+                "generator_norm": "none",
+                "ema": 0.9,
+            },
+            training=sections("denoise", settings)["training"] | {"patients_per_step": 48},
+        )
+        done = train(study, [data.of_patients(chosen) for chosen in found])
+        shown, phantom = [("phantom", phantoms_of(32))], phantoms_of(32)
+        for own, other in ((0, 1), (1, 0)):
+            images = torch.from_numpy(data.test_images[data.test_labels == own])
+            target = torch.from_numpy(data.test_images[data.test_labels == other])
+            with torch.no_grad():
+                made = done.generator(images, torch.full((len(images),), other)).clamp(-1, 1)
+            rows.append(
+                Style(
+                    f"{data.classes[own]} to {data.classes[other]}",
+                    "without" if epsilon is None else f"epsilon {done.epsilon:.2f}",
+                    before=mmd_of_images(images, target),
+                    after=mmd_of_images(made, target),
+                    kept=float(ssim(made, images).mean()),
+                    minutes=done.seconds / 60,
+                )
+            )
+            print(rows[-1], flush=True)
+            with torch.no_grad():
+                shown.append((f"as {data.classes[other]}", done.generator(phantom, torch.full((len(phantom),), other))))
+        strip = [(name, pictures.grid(images[:SHOWN], 2)) for name, images in shown]
+        name = "cyclegan-none" if epsilon is None else "cyclegan-private"
+        (DOCS / "translation").mkdir(parents=True, exist_ok=True)
+        (DOCS / "translation" / f"{name}.png").write_bytes(pictures.png(pictures.film_strip(strip)))
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def page(rows: list[Row], styles: list[Style], settings: argparse.Namespace) -> str:
+    blocks = []
+    for task, words in TASKS.items():
+        lines = ["| | epsilon | PSNR (dB) | SSIM | minutes |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {r.arm} | {_number(r.epsilon)} | {r.psnr:.2f} | {r.ssim:.3f} | {r.minutes:.1f} |"
+            for r in rows
+            if r.task == task
+        ]
+        picture = f"![Drawn phantoms, what each arm makes of them, and the target](translation/{task}.png)"
+        blocks.append(f"## pix2pix: {words}\n\n{chr(10).join(lines)}\n\n{picture}")
+    lines = ["| direction | privacy | MMD before | after | SSIM to its source | minutes |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {s.direction} | {s.privacy} | {s.before:.4f} | {s.after:.4f} | {s.kept:.3f} | {s.minutes:.1f} |"
+        for s in styles
+    ]
+    strips = "\n\n".join(
+        f"![Drawn phantoms and their translations, {name}](translation/cyclegan-{name}.png)"
+        for name in ("none", "private")
+    )
+    return f"""\
+# Image to image: pix2pix and cyclegan on real radiographs
+
+PneumoniaMNIST (28 x 28), {SITES} sites IID, {settings.rounds} rounds of {settings.local_steps} steps of each network,
+{settings.patients_per_step} patients expected in a step, epsilon at most {EPSILON:g} at delta {DELTA:g}; each image
+is a record of its own. Both networks read patients, so steps of both are charged. One seed a row; minutes on one CPU
+thread for all sites together.
+
+{chr(10).join(blocks)}
+
+## cyclegan: the style of one hospital to that of the other
+
+Radiographs of two hospitals (chest-xray-sites), 32 x 32, split IID among {SITES} sites, patients held out. The number
+is the squared maximum mean discrepancy between images of the two hospitals: before, and after one side was translated.
+
+{chr(10).join(lines)}
+
+{strips}
+
+Source images: PneumoniaMNIST (MedMNIST v2, CC BY 4.0, after Kermany et al. 2018); chest-xray-sites as in
+[chest-xray.md](chest-xray.md).
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--local-steps", type=int, default=20)
+    parser.add_argument("--patients-per-step", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=1)
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    data = pneumonia()
+    rows = [row for task in TASKS for row in pix2pix(task, data, settings)]
+    styles = cyclegan(settings)
+    figures = {f"{r.task}_{r.arm}_psnr".replace(" ", "-").replace(",", ""): r.psnr for r in rows}
+    write(
+        "translation",
+        command="python benchmarks/translation.py",
+        packages=("torch", "opacus"),
+        rows=[asdict(r) for r in rows] + [asdict(s) for s in styles],
+        figures=figures,
+        notes=["PSNR and SSIM on the 624 test images of PneumoniaMNIST; MMD of cyclegan on held-out patients"],
+    )
+    (DOCS / "translation.md").write_text(page(rows, styles, settings), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
