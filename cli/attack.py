@@ -90,7 +90,7 @@ def generator(
         raise ModelError("MODEL_MISMATCH", "no round was applied yet: there is no generator to attack", str(home))
     trained = hospital.load_patients()
     others = load_patients(holdout, study.images, pseudonym_key=hospital.book.pseudonym_key)
-    made, _ = generate(hospital.networks[0], study, images, seed=secrets.randbits(31))
+    made, _ = generate(hospital.released_generator(), study, images, seed=secrets.randbits(31))
 
     def names(of: PatientImages) -> list[str]:
         return [of.pseudonyms[number] for number in of.patient_N]
