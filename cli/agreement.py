@@ -54,6 +54,9 @@ def sign(
     agreed_file: StudyFile,
     home: Home,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; fingerprints were compared.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Initial weights, where the study names some: it came with the study.")
+    ] = None,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Show what a study costs and who is in it; if a person agrees, sign it and join it."""
@@ -61,18 +64,26 @@ def sign(
 
     passphrase = use_passphrase(passphrase_file)
     agreed = Agreement.load(agreed_file).study
+    refuse_needless_weights(agreed, weights)
     console = output.console()
     study.draw_cost(console, agreed, study.cost(agreed))
     _draw_fingerprints(console, agreed)
     if not yes and not typer.confirm("Compared by telephone; sign and join this study?", err=output.wants_json()):
         raise typer.Exit(1)
-    agreement = join(home, agreed, passphrase)
+    agreement = join(home, agreed, passphrase, weights)
     (site,) = agreement.signatures
     path = home / f"{site}.signature.json"
     values = {"site": site, "study": agreed.hash, "signature": agreement.signatures[site]}
     _write(path, json.dumps(values, indent=1).encode() + b"\n")
     said = f"signed by {site}: send {path} to the coordinator"
     output.emit({"signature": str(path), **values}, lambda console: console.print(said, soft_wrap=True))
+
+
+def refuse_needless_weights(agreed: Study, weights: Path | None) -> None:
+    """Raises RunError RUN_USAGE where weights are given and the study does not start from any."""
+    if weights is not None and not agreed.gan.pretrained:
+        hint = "leave --weights out, or name their SHA-256 in the study: gan.pretrained"
+        raise RunError("RUN_USAGE", "the study does not start from given weights", "--weights", hint=hint)
 
 
 def collect(

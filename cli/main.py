@@ -13,7 +13,20 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY
 import click
 import typer
 
-from fedmedgan.cli import agreement, audit, consortium, dataset, kit, output, owner, server, simulate, site, study
+from fedmedgan.cli import (
+    agreement,
+    audit,
+    consortium,
+    dataset,
+    kit,
+    output,
+    owner,
+    pretrain,
+    server,
+    simulate,
+    site,
+    study,
+)
 from fedmedgan.shared.errors import FedMedGanError, RunError
 
 app = typer.Typer(
@@ -35,6 +48,7 @@ app.add_typer(dataset.app, name="dataset")
 app.add_typer(audit.app, name="audit")
 app.command()(simulate.simulate)
 app.command()(consortium.consortium)
+app.command()(pretrain.pretrain)
 
 
 class Format(StrEnum):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedmedgan.cli import output
+from fedmedgan.cli import agreement, output
 from fedmedgan.cli.study import read_study
 from fedmedgan.shared.errors import RunError, StudyError
 
@@ -36,7 +36,10 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(help="Instead of the study's number of rounds.")] = None,
     arms: Annotated[
         bool | None,
-        typer.Option(help="Train comparison arms, one WITHOUT privacy. Default: on phantoms alone."),
+        typer.Option(help="Train comparison arms, one of them WITHOUT privacy. Default: on phantoms alone."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Initial weights, where the study names some: `fedmedgan pretrain`.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     ray_address: Annotated[
@@ -74,6 +77,7 @@ def simulate(
         pool = Pool(data_pool, Partition.parse(partition or "iid"), partition_seed)
     elif partition is not None or partition_seed:
         raise RunError("RUN_USAGE", "there is no pool to split", "--partition", hint="give --data-pool FOLDER, too")
+    agreement.refuse_needless_weights(study, weights)
     drops = []
     for site, number in (_pair(d, "@", "--drop") for d in drop or []):
         study.index(site)
@@ -87,6 +91,7 @@ def simulate(
         folders,
         test_folders=test or [],
         pool=pool,
+        weights=weights,
         arms=not (folders or pool) if arms is None else arms,
         device=device,
         ray_address=ray_address,

@@ -133,7 +133,7 @@ def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Pat
     Raises:
         StudyError: STUDY_POLICY; STUDY_KEYS, the study has no keys or not this hospital's; CONFIG_RANGE, no recipe.
         PrivacyError: BUDGET_EXHAUSTED, LEDGER_*; PRIVACY_MODEL, the recipe mixes patients; PRIVACY_NONE.
-        DataError: DATA_*. ModelError: MODEL_HASH, other initial weights than the study's.
+        DataError: DATA_*. ModelError: MODEL_HASH, MODEL_MISMATCH: other initial weights than the study's, or none.
     """
     policy = Policy.load(home / "policy.toml")
     keys = HospitalKeys.load(home / "keys", passphrase)
@@ -146,13 +146,13 @@ def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Pat
     refuse_mixing(study)
     kept = home / pretrained.WEIGHTS
     weights = weights or (kept if kept.exists() else None)
-    pretrained.check(study, weights)
+    initial = pretrained.check(study, weights)
     patients = load_declared(Path(policy.data), study, site, pseudonym_key=book.pseudonym_key, home=home)
     sigma = 0.0
     if study.is_private:
         sigma = _open_in_ledger(home, study, policy, keys, book, patients)
     _put_away(home, study)
-    pretrained.keep(home, study, weights)
+    pretrained.keep(home, initial)
     noise = {"study": study.hash, "noise_multiplier": sigma}
     checkpoint.write_bytes(home / NOISE, json.dumps(noise).encode())
     agreement = Agreement(study).with_signature(site.name, sign(study, keys.signing))

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from fedmedgan.client import checkpoint
+from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.recipe import Recipe
 from fedmedgan.shared.errors import ModelError
 from fedmedgan.shared.study import Study
@@ -30,19 +31,28 @@ def networks(recipe: Recipe, home: Path) -> tuple[nn.Module, nn.Module]:
     return made
 
 
-def check(study: Study, weights: Path | None) -> None:
-    """Is this the file that the study names? Raises ModelError MODEL_HASH."""
-    if study.gan.pretrained:
-        if weights is None:
-            hint = "give the file: `fedmedgan study sign --weights FILE`"
-            raise ModelError("MODEL_HASH", "the study starts from weights that were not given", "--weights", hint=hint)
-        _read(weights, study)
+def check(study: Study, weights: Path | None) -> bytes:
+    """Is this the file that the study names, and does it fit its networks?
+
+    Returns:
+        The file's content; nothing where the study names none.
+
+    Raises:
+        ModelError: MODEL_HASH, another file, or none; MODEL_MISMATCH.
+    """
+    if not study.gan.pretrained:
+        return b""
+    if weights is None:
+        hint = "give the file: `fedmedgan study sign --weights FILE`"
+        raise ModelError("MODEL_HASH", "the study starts from weights that were not given", "--weights", hint=hint)
+    checkpoint.load_networks(_read(weights, study), *recipes.load(study).networks())
+    return weights.read_bytes()
 
 
-def keep(home: Path, study: Study, weights: Path | None) -> None:
-    """Copy the file into the home."""
-    if study.gan.pretrained and weights is not None and weights != home / WEIGHTS:
-        checkpoint.write_bytes(home / WEIGHTS, weights.read_bytes())
+def keep(home: Path, content: bytes) -> None:
+    """Put what `check` gave into the home."""
+    if content:
+        checkpoint.write_bytes(home / WEIGHTS, content)
 
 
 def _read(path: Path, study: Study) -> checkpoint.Arrays:

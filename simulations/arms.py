@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmedgan.client import checkpoint, pretrained
+from fedmedgan.client import pretrained
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import recipe as recipes
@@ -37,7 +37,6 @@ from fedmedgan.client.release import pictures
 from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
 from fedmedgan.client.release.generate import generate
 from fedmedgan.client.release.similarity import mae, psnr, ssim
-from fedmedgan.client.shared_model import GENERATOR, SharedModel, shared_part
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
@@ -46,7 +45,7 @@ from fedmedgan.shared.privacy.budget import preview
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.study import Aggregation, Study
-from fedmedgan.simulations import consortium
+from fedmedgan.simulations import consortium, in_the_clear
 
 SYNTHETIC_IMAGES = 2000
 
@@ -89,7 +88,8 @@ def run(run_folder: Path, study: Study, *, test_folders: Sequence[Path], insecur
         # the longest first
         order = sorted(arms, key=lambda arm: (arm.name != "no-privacy", arm.name == "federated"))
         jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test_folders, insecure_seed) for a in order}
-        reference = pool.submit(_train_on_real, run_folder, study, test_folders) if test_folders else None
+        classified = test_folders and _is_classified(study)
+        reference = pool.submit(_train_on_real, run_folder, study, test_folders) if classified else None
         rows = [jobs[arm.name].result() for arm in arms]
         real = {"label": "train on real", "tstr": reference.result()} if reference else None
     path = run_folder / "arms.json"
@@ -135,11 +135,16 @@ def _judged(
     as_bytes = np.round((images + 1) * 127.5).astype(np.uint8)
     np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels)
     path.write_bytes(pictures.png(pictures.by_class(images, labels, classes, SAMPLE_COLUMNS)))
-    judged = bool(test) and classes > 1
+    judged = test and _is_classified(study)
     return {"tstr": _tstr(study, images, labels, test) if judged else None, "images": f"arms/{arm.name}.npz"}
 
 
-def _similarity(recipe: Pix2Pix, generator: nn.Module, test: list[PatientImages]) -> dict[str, float]:
+def _is_classified(study: Study) -> bool:
+    """Whether a classifier can judge the images: they are made from labels, of more than one class."""
+    return isinstance(recipes.load(study), Synthesis) and len(study.images.classes) > 1
+
+
+def _similarity(recipe: Pix2Pix, generator: nn.Module, test: list[PatientImages]) -> dict[str, float | int]:
     """Mean over the test images of what the generator makes of them, beside the input as it is."""
     images, labels = _pooled(test)
     targets = [t.images_N1HW if t.targets_N1HW is None else t.targets_N1HW for t in test]
@@ -149,7 +154,8 @@ def _similarity(recipe: Pix2Pix, generator: nn.Module, test: list[PatientImages]
         made = torch.cat([generator(part) for part in given.split(64)]).clamp(-1, 1)
     measures = {"psnr": psnr, "ssim": ssim, "mae": mae}
     found = {name: float(measure(made, wanted).mean()) for name, measure in measures.items()}
-    return found | {f"{name}_input": float(measure(given, wanted).mean()) for name, measure in measures.items()}
+    untouched = {f"{name}_input": float(measure(given, wanted).mean()) for name, measure in measures.items()}
+    return {**found, **untouched, "tested_on": len(labels)}
 
 
 def _epsilon(study: Study, home: Path, arm: _Arm) -> float:
@@ -174,23 +180,9 @@ def _train(study: Study, homes: list[Path], *, private: bool, random: RandomSour
         )
         for h in hospitals
     ]
-    shared = pretrained.networks(recipe, homes[0])
-    model = SharedModel.initial(study, shared)
-    weights = np.array([h.site.weight for h in hospitals], dtype=float)
-    for number in range(1, study.training.rounds + 1):
-        updates = []
-        for trainer in trainers:
-            networks = (trainer.generator, trainer.discriminator)
-            model.load_into(networks)
-            trainer.train(study.training.local_steps)
-            trained = shared_part(study, checkpoint.network_arrays(*networks))
-            updates.append(checkpoint.flatten(trained) - checkpoint.flatten(model.weights))
-        model = model.advanced(np.average(updates, axis=0, weights=weights).astype(np.float32), number)
-    generator = shared[0]
-    generator.load_state_dict(
-        {n.removeprefix(GENERATOR): torch.from_numpy(a) for n, a in model.released_generator().items()}
-    )
-    return generator
+    start = pretrained.networks(recipe, homes[0])
+    model = in_the_clear.train(study, trainers, [h.site.weight for h in hospitals], start)
+    return in_the_clear.generator_of(model, start[0])
 
 
 def _pooled(sets: Sequence[PatientImages]) -> tuple[np.ndarray, np.ndarray]:

@@ -50,6 +50,29 @@ class UtilityRow:
     """mean, standard deviation"""
 
 
+@dataclass(frozen=True)
+class SimilarityRow:
+    """One arm of an image-to-image comparison, or the inputs as they are."""
+
+    label: str
+    colour: str
+    psnr: float
+    """dB"""
+    ssim: float
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One measure of all rows: mean and standard deviation, which is 0 where there is none."""
+
+    title: str
+    values: Sequence[tuple[float, float]]
+    digits: int
+    limits: tuple[float, float]
+    floor: float | None = None
+    """Drawn as a line, "chance"."""
+
+
 @matplotlib.rc_context(drawing.STYLE)
 def epsilon(series: Series, ceilings: Mapping[str, float], alt: str) -> str:
     """Privacy spent over the rounds, below the ceiling; one dashed line for each distinct ceiling."""
@@ -129,7 +152,12 @@ def saturation(series: Series, alt: str) -> str:
 
 @matplotlib.rc_context(drawing.STYLE)
 def losses(generator: Series, discriminator: Series, alt: str) -> str:
-    """Two losses on generated images."""
+    """Two losses on generated images; the second is left out where nothing of it may be told."""
+    if not any(discriminator.values()):
+        figure, axes = drawing.wide_figure(3.2)
+        drawing.lines(axes, generator, digits=2)
+        axes.set_title("generator's loss")
+        return drawing.svg(figure, "losses", alt)
     figure = Figure(figsize=(10, 3.2))
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.045, right=0.865, top=0.88, bottom=0.15, wspace=0.45)
@@ -140,46 +168,69 @@ def losses(generator: Series, discriminator: Series, alt: str) -> str:
     return drawing.svg(figure, "losses", alt)
 
 
-@matplotlib.rc_context(drawing.STYLE)
 def utility(rows: Sequence[UtilityRow], chance: float | None, alt: str) -> str:
     """Train on synthetic, test on real: mean and standard deviation of each arm.
 
     Args:
         chance: accuracy of always answering the commonest class, if known. The AUC of chance is 0.5.
     """
-    figure = Figure(figsize=(10, 0.9 + 0.34 * len(rows)))
-    panels = figure.subplots(1, 2, sharey=True)
-    heights = list(range(len(rows)))[::-1]
-    for axes, title, floor, values in (
-        (panels[0], "area under the ROC curve", 0.5, [r.auc for r in rows]),
-        (panels[1], "accuracy", chance, [r.accuracy for r in rows]),
+    panels = []
+    for title, floor, values in (
+        ("area under the ROC curve", 0.5, [r.auc for r in rows]),
+        ("accuracy", chance, [r.accuracy for r in rows]),
     ):
-        for height, row, (mean, deviation) in zip(heights, rows, values, strict=True):
-            axes.errorbar(mean, height, xerr=deviation, color=row.colour, marker="o", markersize=5)
+        lowest = min([v - d for v, d in values] + ([] if floor is None else [floor]))
+        limits = (min(lowest, 0.5) - 0.02, max(1.0, max(v + d for v, d in values)) + 0.06)
+        panels.append(_Panel(title, values, 3, limits, floor))
+    return _dots("utility", rows, panels, alt)
+
+
+def similarity(rows: Sequence[SimilarityRow], alt: str) -> str:
+    """Image to image: how near each arm's outputs come to their targets."""
+    panels = []
+    for title, digits, values in (
+        ("PSNR, dB", 1, [r.psnr for r in rows]),
+        ("SSIM", 3, [r.ssim for r in rows]),
+    ):
+        span = max(max(values) - min(values), 0.05 * max(abs(v) for v in values), 1e-3)
+        limits = (min(values) - 0.15 * span, max(values) + 0.3 * span)
+        panels.append(_Panel(title, [(v, 0.0) for v in values], digits, limits))
+    return _dots("similarity", rows, panels, alt)
+
+
+# ---- parts
+
+
+@matplotlib.rc_context(drawing.STYLE)
+def _dots(name: str, rows: Sequence[UtilityRow] | Sequence[SimilarityRow], panels: Sequence[_Panel], alt: str) -> str:
+    """One line for each row, one panel for each measure."""
+    figure = Figure(figsize=(10, 0.9 + 0.34 * len(rows)))
+    drawn = figure.subplots(1, len(panels), sharey=True)
+    heights = list(range(len(rows)))[::-1]
+    for axes, panel in zip(drawn, panels, strict=True):
+        for height, row, (mean, deviation) in zip(heights, rows, panel.values, strict=True):
+            axes.errorbar(mean, height, xerr=deviation or None, color=row.colour, marker="o", markersize=5)
             axes.annotate(
-                f"{mean:.3f}", (mean + deviation, height), xytext=(6, 0),
+                f"{mean:.{panel.digits}f}", (mean + deviation, height), xytext=(6, 0),
                 textcoords="offset points", va="center",
                 bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
-        lowest = min([v - d for v, d in values] + ([] if floor is None else [floor]))
-        axes.set_xlim(min(lowest, 0.5) - 0.02, max(1.0, max(v + d for v, d in values)) + 0.06)
-        if floor is not None:
-            axes.axvline(floor, color=MUTED, linewidth=1, dashes=(2, 3))
+        axes.set_xlim(*panel.limits)
+        if panel.floor is not None:
+            axes.axvline(panel.floor, color=MUTED, linewidth=1, dashes=(2, 3))
             axes.annotate(
-                "chance", (floor, 1), xycoords=("data", "axes fraction"), xytext=(4, -8),
+                "chance", (panel.floor, 1), xycoords=("data", "axes fraction"), xytext=(4, -8),
                 textcoords="offset points", color=MUTED,
             )  # fmt: skip
         axes.set_ylim(-0.6, len(rows) - 0.1)
         axes.grid(visible=False)
-        axes.set_title(title)
-    panels[0].set_yticks(heights, [drawing.clean(row.label, 36) for row in rows], color=INK)
-    panels[1].tick_params(left=False)
+        axes.set_title(panel.title)
+    drawn[0].set_yticks(heights, [drawing.clean(row.label, 36) for row in rows], color=INK)
+    for axes in drawn[1:]:
+        axes.tick_params(left=False)
     top = 1 - 0.4 / figure.get_figheight()
     figure.subplots_adjust(left=0.27, right=0.99, top=top, bottom=0.3 / figure.get_figheight(), wspace=0.08)
-    return drawing.svg(figure, "utility", alt)
-
-
-# ---- parts
+    return drawing.svg(figure, name, alt)
 
 
 def _stack(axes: Axes, rounds: Sequence[int], layers: Sequence[Sequence[float]]) -> None:

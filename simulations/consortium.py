@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmedgan.client import joining
+from fedmedgan.client import joining, pretrained
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.home import SAMPLE_COLUMNS
@@ -51,6 +51,7 @@ def prepare(
     data: Mapping[str, Path],
     *,
     pool: partitions.Pool | None = None,
+    weights: Path | None = None,
     device: str = "auto",
     insecure_seed: int | None = None,
 ) -> Study:
@@ -59,14 +60,17 @@ def prepare(
     Args:
         data: site name -> folder with its DICOM files; sites without one get phantoms.
         pool: a set to split among all sites, instead of `data`; their shares are written into their homes.
+        weights: file of the initial weights, where the study names some.
 
     Raises:
         RunError: RUN_PATH, the run folder is in use.
+        ModelError: MODEL_HASH, MODEL_MISMATCH: other initial weights than the study's, or none.
         StudyError: STUDY_ROSTER, `data` names a site that the study does not have.
         DataError: DATA_PATH and what else reading the folders raises; every folder is read before anything runs.
             DATA_TOO_FEW, a site's share of the pool is smaller than it declares.
     """
     _refuse_keys(study)
+    pretrained.check(study, weights)
     for name, folder in data.items():
         study.index(name)
         if not folder.is_dir():
@@ -91,6 +95,7 @@ def prepare(
                 max_epsilon=ceiling,
                 budget_book=Path("..", "..", "budget-books", site.name),
                 device=device,
+                public_images=not study.is_private,
             )
             identities.append(known)
             if site.name in shares:
@@ -99,7 +104,7 @@ def prepare(
                 vendor = phantoms.vendor_for(number)
                 paired = study.images.paired
                 phantoms.write_hospital(folder, patients=site.patients, seed=number, vendor=vendor, paired=paired)
-        agreement = agree(assemble(study, [*identities, _coordinator(run_folder)]), run_folder)
+        agreement = agree(assemble(study, [*identities, _coordinator(run_folder)]), run_folder, weights)
         if insecure_seed is not None:
             (run_folder / INSECURE_MARK).write_text(f"{insecure_seed}\n")
         (run_folder / "study.json").write_bytes(agreement.to_json())
@@ -150,11 +155,11 @@ def _coordinator(run_folder: Path) -> Identity:
     return Identity(role="coordinator", name="coordinator", signing_key=public).signed(private)
 
 
-def agree(study: Study, run_folder: Path) -> Agreement:
+def agree(study: Study, run_folder: Path, weights: Path | None = None) -> Agreement:
     """Every hospital enters the study and signs it; then all of them hold all signatures."""
     agreement = Agreement(study)
     for site in study.sites:
-        own = joining.join(home_of(run_folder, site.name), study)
+        own = joining.join(home_of(run_folder, site.name), study, weights=weights)
         agreement = agreement.with_signature(site.name, own.signatures[site.name])
     for home in homes(run_folder, study):
         joining.keep(home, agreement)

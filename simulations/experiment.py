@@ -37,14 +37,18 @@ class Finished:
             "report": str(self.report),
             "study_hash": self.run.study.hash,
             "rounds": self.run.rounds_done,
+            "private": self.run.study.is_private,
             "epsilon": self.run.final_epsilon,
         }
 
     def lines(self) -> list[str]:
-        spent = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in self.run.final_epsilon.items())
         privacy, rounds = self.run.study.privacy, self.run.rounds_done
-        promise = f"of {privacy.epsilon:g} at delta {privacy.delta:g}, per patient, add/remove"
-        return [f"{rounds} rounds; epsilon {spent} {promise}", f"report: {self.report}"]
+        if self.run.final_epsilon is None:
+            said = "WITHOUT privacy: no noise, nothing is promised to any patient; for public images only"
+        else:
+            spent = ", ".join(f"{site} {epsilon:.2f}" for site, epsilon in self.run.final_epsilon.items())
+            said = f"epsilon {spent} of {privacy.epsilon:g} at delta {privacy.delta:g}, per patient, add/remove"
+        return [f"{rounds} rounds; {said}", f"report: {self.report}"]
 
 
 def run(
@@ -60,6 +64,7 @@ def run(
     insecure_seed: int | None,
     console: Console,
     pool: Pool | None = None,
+    weights: Path | None = None,
 ) -> Finished:
     """Run one experiment; see `fedmedgan simulate --help` for the arguments.
 
@@ -81,7 +86,11 @@ def run(
             "[bold]the arms train on the given images outside the ledger, one of them WITHOUT privacy:[/bold]"
         )
         console.print("[bold]for public or research data only, never for patients whom the ledger protects[/bold]")
-    study = consortium.prepare(study, run_folder, data, pool=pool, device=device, insecure_seed=insecure_seed)
+    if not study.is_private:
+        console.print("[bold]WITHOUT privacy: for public or drawn images only, never for patients[/bold]")
+    study = consortium.prepare(
+        study, run_folder, data, pool=pool, weights=weights, device=device, insecure_seed=insecure_seed
+    )
     consortium.read_data(run_folder, study)
     if arms and test_folders:
         comparison.refuse_training_images(run_folder, study, test_folders)
@@ -92,7 +101,7 @@ def run(
     finally:
         progress.stop()
     if arms:
-        console.print("comparison arms: each hospital alone, and without privacy")
+        console.print("comparison arms")
         if not test_folders and not data and not pool:
             test_folders = _test_phantoms(run_folder / "test", study)
         comparison.run(run_folder, study, test_folders=test_folders, insecure_seed=insecure_seed)

@@ -1,7 +1,7 @@
 """Shows a run while it goes on, by following the event files that the parties write anyway.
 
 On a terminal: a bar for the rounds, what the cycle is doing, a bar for each hospital's epsilon, and the last
-round's figures. Anywhere else: one plain line for each finished round.
+round's figures. Anywhere else: one plain line for each finished round. Of a study without privacy it says that.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fedmedgan.simulations.events import (
 from fedmedgan.simulations.record import EventFile, bytes_text, seconds_text
 
 POLL_SECONDS = 0.3
+NO_PRIVACY = "WITHOUT privacy"
 
 
 class Progress:
@@ -139,8 +140,10 @@ class _State:
         if self.aggregated:
             parts += [f"up {self._up()}", f"down {bytes_text(self.aggregated.bytes_down)}"]
         self.last_round = "  ".join(parts)
-        spent = {s.name: t for s in self.study.sites if (t := self._last(s.name, event.round))}
-        if spent:
+        spent = {s.name: t for s in self.study.sites if (t := self._spent(s.name, event.round))}
+        if not self.study.is_private:
+            parts.append(NO_PRIVACY)
+        elif spent:
             parts.append(f"epsilon {_epsilons(spent)}")
         if self.missing:
             parts.append("missing " + ", ".join(sorted(set(self.missing))))
@@ -152,10 +155,13 @@ class _State:
             return f"{len(self.bytes_up)} x {bytes_text(sizes.pop())}"
         return f"{bytes_text(sum(self.bytes_up.values()))} from {len(self.bytes_up)}"
 
-    def _last(self, site: str, number: int) -> Trained | None:
-        """The hospital's latest training up to that round; there may be later ones, read in the same look."""
-        events = self.trained.get(site, {})
-        return max((e for e in events.values() if e.round <= number), key=lambda e: e.round, default=None)
+    def _spent(self, site: str, number: int) -> tuple[float, float] | None:
+        """Epsilon and ceiling after the latest training up to that round; later ones may have been read already."""
+        events = [e for e in self.trained.get(site, {}).values() if e.round <= number]
+        last = max(events, key=lambda e: e.round, default=None)
+        if last is None or last.epsilon is None or last.ceiling is None:
+            return None
+        return last.epsilon, last.ceiling
 
     def drawing(self) -> RenderableType:
         """The display of a terminal."""
@@ -168,19 +174,20 @@ class _State:
             Text(self.phase, style="dim"),
         )
         for site in self.study.sites:
-            trained = self._last(site.name, rounds)
-            spent = trained.epsilon if trained else 0.0
-            ceiling = trained.ceiling if trained else self.study.privacy.epsilon
-            bar = ProgressBar(total=ceiling, completed=spent, width=30, complete_style="yellow", finished_style="red")
             note = Text("missing", style="red") if site.name in self.missing else Text("")
+            if not self.study.is_private:
+                table.add_row(Text(f"  {site.name}"), Text(""), Text(NO_PRIVACY, style="bold red"), note)
+                continue
+            spent, ceiling = self._spent(site.name, rounds) or (0.0, self.study.privacy.epsilon)
+            bar = ProgressBar(total=ceiling, completed=spent, width=30, complete_style="yellow", finished_style="red")
             table.add_row(Text(f"  {site.name}"), bar, Text(f"epsilon {spent:.2f} of {ceiling:g}"), note)
         return Group(table, Text(self.last_round, style="dim")) if self.last_round else table
 
 
-def _epsilons(spent: dict[str, Trained]) -> str:
+def _epsilons(spent: dict[str, tuple[float, float]]) -> str:
     """``north 2.10, south 2.05 of 8``"""
-    ceilings = {t.ceiling for t in spent.values()}
+    ceilings = {ceiling for _, ceiling in spent.values()}
     if len(ceilings) == 1:
-        words = ", ".join(f"{name} {t.epsilon:.2f}" for name, t in spent.items())
+        words = ", ".join(f"{name} {epsilon:.2f}" for name, (epsilon, _) in spent.items())
         return f"{words} of {ceilings.pop():g}"
-    return ", ".join(f"{name} {t.epsilon:.2f} of {t.ceiling:g}" for name, t in spent.items())
+    return ", ".join(f"{name} {epsilon:.2f} of {ceiling:g}" for name, (epsilon, ceiling) in spent.items())

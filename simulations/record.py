@@ -8,7 +8,7 @@
     hospitals/<site>/dicom/          there only if the hospital's images are phantoms
     hospitals/<site>/classes.json    images and patients by class; of phantoms and of shares of a pooled set only
     partition.json                   there only if a pooled set was split among the hospitals
-    arms.json, arms/<name>.png       the comparison arms, once they have run
+    arms.json, arms/<name>.png       the comparison arms, once they have run; scores by what the recipe is for
     INSECURE-SEED                    there only if the noise was seeded
 
 An unfinished run is read as far as it got: missing files and rounds, or a half-written last line.
@@ -76,15 +76,34 @@ class Utility:
 
 
 @checked_dataclass(frozen=True, config=STRICT)
+class Similarity:
+    """Image to image: how near outputs come to their targets, and the inputs as they are. Means over test images."""
+
+    psnr: float
+    """Peak signal-to-noise ratio, dB."""
+    ssim: float
+    """Structural similarity."""
+    mae: Annotated[float, Field(ge=0)]
+    """Mean absolute error, as a part of the range of values."""
+    psnr_input: float
+    ssim_input: float
+    mae_input: Annotated[float, Field(ge=0)]
+    tested_on: Count | None = None
+    """Number of real images."""
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class Arm:
-    name: Annotated[str, Field(pattern=r"^(federated|no-privacy|alone-[a-z0-9][a-z0-9-]{0,30})$")]
+    name: Annotated[str, Field(pattern=r"^(federated|fedavg|no-privacy|alone-[a-z0-9][a-z0-9-]{0,30})$")]
     label: str
     private: bool
     epsilon: Annotated[float, Field(ge=0)] | None
+    """None without privacy."""
     delta: Annotated[float, Field(gt=0, lt=1)] | None
-    tstr: Utility | None
     picture: Annotated[str, Field(pattern=r"^arms/[a-z0-9-]+\.png$")]
     seconds: Seconds
+    tstr: Utility | None = None
+    similarity: Similarity | None = None
     images: Annotated[str, Field(pattern=r"^arms/[a-z0-9-]+\.npz$")] | None = None
 
 
@@ -210,9 +229,11 @@ class RunRecord:
         return len(self.finished_rounds)
 
     @property
-    def final_epsilon(self) -> dict[str, float]:
-        """site -> epsilon spent so far, 0 for a hospital that has not trained."""
-        return {h.name: h.last.epsilon if h.last else 0.0 for h in self.hospitals}
+    def final_epsilon(self) -> dict[str, float] | None:
+        """site -> epsilon spent so far, 0 for a hospital that has not trained; None in a study without privacy."""
+        if not self.study.is_private:
+            return None
+        return {h.name: (h.last.epsilon if h.last else None) or 0.0 for h in self.hospitals}
 
 
 def load(run_folder: Path) -> RunRecord:
@@ -239,7 +260,7 @@ def load(run_folder: Path) -> RunRecord:
         rounds=_rounds(events),
         closed=closed[-1] if closed else None,
         nodes_refused=sum(isinstance(e, NodeRefused) for e in events),
-        hospitals=tuple(_hospital(run_folder, site.name, len(study.images.classes)) for site in study.sites),
+        hospitals=tuple(_hospital(run_folder, site.name, study) for site in study.sites),
         arms=arms.arms,
         real=arms.real,
         insecure_seed=seed.read_text(encoding="utf-8", errors="replace").strip() if seed.exists() else None,
@@ -323,6 +344,14 @@ def _check_sites(event: CoordinatorEvent, known: set[str]) -> None:
         raise RunError("RUN_RECORD", f"{event.event} names a site that is not in the study", "events.jsonl")
 
 
+def _check_privacy(event: HospitalEvent, study: Study, where: str) -> None:
+    """What was spent is told where the study promises privacy, and nowhere else: a missing epsilon is no epsilon of 0."""
+    if isinstance(event, Trained):
+        told = {value is not None for value in (event.epsilon, event.ceiling, event.noise_multiplier)}
+        if told != {study.is_private}:
+            raise RunError("RUN_RECORD", "a round's epsilon does not fit what the study promises", where)
+
+
 def _rounds(events: Iterable[CoordinatorEvent]) -> tuple[Round, ...]:
     """Put the coordinator's events into rounds and attempts."""
     opened: dict[int, dict[int, RoundOpened]] = {}
@@ -367,9 +396,11 @@ def _rounds(events: Iterable[CoordinatorEvent]) -> tuple[Round, ...]:
     )
 
 
-def _hospital(run_folder: Path, name: str, n_classes: int) -> Hospital:
+def _hospital(run_folder: Path, name: str, study: Study) -> Hospital:
     events = EventFile.of_hospital(run_folder, name).new()
-    home = run_folder / "hospitals" / name
+    home, n_classes = run_folder / "hospitals" / name, len(study.images.classes)
+    for event in events:
+        _check_privacy(event, study, f"hospitals/{name}/events.jsonl")
     samples = {}
     for path in sorted(home.glob("samples/round-*.png")):
         digits = path.stem.removeprefix("round-")

@@ -25,10 +25,10 @@ from fedmedgan.audit import drawing
 from fedmedgan.shared.errors import RunError
 from fedmedgan.shared.privacy.accounting import epsilon_replace_one
 from fedmedgan.shared.privacy.events import TrainingSteps
-from fedmedgan.shared.study import Study
-from fedmedgan.simulations import charts
+from fedmedgan.shared.study import Privacy, Study
+from fedmedgan.simulations import charts, recipe_words
 from fedmedgan.simulations.charts import PhaseTimes
-from fedmedgan.simulations.record import Hospital, Round, RunRecord, bytes_text, load, seconds_text
+from fedmedgan.simulations.record import Arm, Hospital, Round, RunRecord, bytes_text, load, seconds_text
 
 T = TypeVar("T")
 
@@ -67,8 +67,7 @@ def write(run_folder: Path) -> Path:
 
 def facts(run: RunRecord) -> dict[str, Any]:
     """What the report says, as plain values: the content of ``report.json``."""
-    study, privacy = run.study, run.study.privacy
-    spent = max(run.final_epsilon.values())
+    study = run.study
     model_equal, model_hash = _models_agree(run)
     found: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -86,15 +85,8 @@ def facts(run: RunRecord) -> dict[str, Any]:
         "parameters": run.opened.parameters if run.opened else None,
         "float32_bytes": run.opened.float32_bytes if run.opened else None,
         "model": {"hash": model_hash, "equal_at_all_hospitals": model_equal},
-        "privacy": {
-            "epsilon": spent,
-            "epsilon_at_most": _rounded_up(spent),
-            "budget": privacy.epsilon,
-            "delta": privacy.delta,
-            "unit": "one patient with all images and labels",
-            "adjacency": "add/remove",
-            "certainty_at_most": _certainty(spent),
-        },
+        "recipe": recipe_words.facts(study),
+        "privacy": _privacy_facts(run),
         "hospitals": [_hospital_facts(run, h) for h in run.hospitals],
         "rounds": [_round_facts(run, r) for r in run.rounds],
         "computing": _computing(run),
@@ -112,6 +104,23 @@ def facts(run: RunRecord) -> dict[str, Any]:
     return found
 
 
+def _privacy_facts(run: RunRecord) -> dict[str, Any]:
+    """What was promised and spent. Without privacy there is nothing but the word that there is none."""
+    if run.final_epsilon is None:
+        return {"promised": False}
+    privacy, spent = run.study.privacy, max(run.final_epsilon.values())
+    return {
+        "promised": True,
+        "epsilon": spent,
+        "epsilon_at_most": _rounded_up(spent),
+        "budget": privacy.epsilon,
+        "delta": privacy.delta,
+        "unit": "one patient with all images and labels",
+        "adjacency": "add/remove",
+        "certainty_at_most": _certainty(spent),
+    }
+
+
 def _hospital_facts(run: RunRecord, hospital: Hospital) -> dict[str, Any]:
     site, last, loaded = run.study.site(hospital.name), hospital.last, hospital.loaded
     return {
@@ -126,17 +135,23 @@ def _hospital_facts(run: RunRecord, hospital: Hospital) -> dict[str, Any]:
         "noise_multiplier": last.noise_multiplier if last else None,
         "rounds_trained": len(hospital.trained),
         "steps": sum(t.steps for t in hospital.trained.values()),
-        "epsilon": last.epsilon if last else 0.0,
+        "epsilon": run.final_epsilon[hospital.name] if run.final_epsilon else None,
         "epsilon_replace_one": _replace_one(run, hospital),
-        "ceiling": last.ceiling if last else run.study.privacy.epsilon,
+        "ceiling": last.ceiling if last else (run.study.privacy.epsilon if run.study.is_private else None),
+        "method": ", ".join(dict.fromkeys(t.method for t in hospital.trained.values())) or None,
         "checks": _worst_checks(hospital),
         "troubles": hospital.troubles,
     }
 
 
-def _replace_one(run: RunRecord, hospital: Hospital) -> float:
-    """Epsilon of the same steps where one patient is replaced by another."""
-    events = [TrainingSteps(t.noise_multiplier, t.sampling_rate, t.steps) for t in hospital.trained.values()]
+def _replace_one(run: RunRecord, hospital: Hospital) -> float | None:
+    """Epsilon of the same steps where one patient is replaced by another; None without privacy."""
+    if not run.study.is_private:
+        return None
+    trained = hospital.trained.values()
+    events = [
+        TrainingSteps(t.noise_multiplier, t.sampling_rate, t.steps) for t in trained if t.noise_multiplier is not None
+    ]
     return epsilon_replace_one(events, run.study.privacy.delta)
 
 
@@ -157,6 +172,7 @@ def _round_facts(run: RunRecord, turn: Round) -> dict[str, Any]:
     number, times = turn.number, phase_times(run, turn)
     here = [h for h in run.hospitals if number in h.trained]
     sealed = {h.name: h.encrypted[number] for h in run.hospitals if number in h.encrypted}
+    told = not recipe_words.is_translation(run.study)  # else fakes are made of patients
     return {
         "round": number,
         "attempts": len(turn.attempts),
@@ -165,10 +181,10 @@ def _round_facts(run: RunRecord, turn: Round) -> dict[str, Any]:
         "seconds_training": max((h.trained[number].seconds for h in here), default=None),
         "bytes_up": turn.bytes_up,
         "bytes_down": turn.aggregated.bytes_down if turn.aggregated else None,
-        "epsilon": {h.name: h.trained[number].epsilon for h in here},
+        "epsilon": {h.name: h.trained[number].epsilon for h in here} if run.study.is_private else None,
         "saturated_share": {name: e.saturated / e.values for name, e in sealed.items()},
         "generator_loss": {h.name: h.trained[number].generator_loss for h in here},
-        "discriminator_fake_loss": {h.name: h.trained[number].discriminator_fake_loss for h in here},
+        "discriminator_fake_loss": {h.name: h.trained[number].discriminator_fake_loss for h in here} if told else None,
         "model_hash": turn.applied.model_hash if turn.applied else None,
     }
 
@@ -250,7 +266,12 @@ def _verdict(run: RunRecord, found: Mapping[str, Any]) -> list[str]:
     rounds = f"{done} round{'s' * (done != 1)}" + (f" of {planned}" if done < planned else "")
     privacy = found["privacy"]
     lines = [f"{len(taking_part)} hospitals trained one generator in {rounds}; no image left its hospital."]
-    if found["insecure_seed"]:
+    if not privacy["promised"]:
+        lines.append(
+            "It was trained WITHOUT privacy: no noise was added, and nothing is promised to any patient. For public or"
+            " drawn images only."
+        )
+    elif found["insecure_seed"]:
         lines.append("The noise was seeded: no privacy guarantee, whatever the figures below say.")
     else:
         most, budget, delta = privacy["epsilon_at_most"], privacy["budget"], _plain(privacy["delta"])
@@ -260,7 +281,9 @@ def _verdict(run: RunRecord, found: Mapping[str, Any]) -> list[str]:
             " local noise in full at each hospital."
         )
     if found["model"]["equal_at_all_hospitals"]:
-        lines.append("After every round all hospitals held the same model.")
+        alone = run.study.aggregation.share == "generator"
+        what = "the same generator; each kept a discriminator of its own" if alone else "the same model"
+        lines.append(f"After every round all hospitals held {what}.")
     else:
         lines.append("The hospitals did NOT all hold the same model: do not use it.")
     return lines
@@ -317,7 +340,7 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "checks": _checks_in_words,
+        "checks": _checks_in_words, "steps": recipe_words.steps_in_words, "shared": recipe_words.shared_in_words,
         "seconds": seconds_text, "bytes": bytes_text, "percent": _percent, "at_most": _at_most,
         "plain": _plain, "count": _count,
     }  # fmt: skip
@@ -325,12 +348,14 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(
         f=found,
         study=run.study,
+        translation=recipe_words.is_translation(run.study),
+        picture_rows=recipe_words.picture_rows(run.study),
         charts={name: Markup(svg) for name, svg in _charts(run, found).items()},
         film=_film(run),
         beside=_beside(run),
         arms=_arms(run),
         comparison=_comparison(run),
-        tested_on=_shared([a.tstr.tested_on for a in run.arms if a.tstr]),
+        judged=_judged(run),
         colours={h.name: drawing.site_colour(i) for i, h in enumerate(run.hospitals)},
         traffic=_traffic_rows(found["rounds"]),
         timed=_thin([r for r in found["rounds"] if r["seconds"]], TABLE_ROWS),
@@ -350,18 +375,21 @@ def _charts(run: RunRecord, found: Mapping[str, Any]) -> dict[str, str]:
     names, rounds = [h.name for h in run.hospitals], found["rounds"]
 
     def per_hospital(key: str) -> dict[str, list[tuple[int, float]]]:
-        return {name: [(r["round"], r[key][name]) for r in rounds if name in r[key]] for name in names}
+        """Points of every hospital, in the order of the roster; nobody has any of what was not told."""
+        return {name: [(r["round"], r[key][name]) for r in rounds if name in (r[key] or {})] for name in names}
 
-    spent = per_hospital("epsilon")
+    spent, generator = per_hospital("epsilon"), per_hospital("generator_loss")
+    discriminator = per_hospital("discriminator_fake_loss")
     if any(spent.values()):
         ceilings = {h["name"]: h["ceiling"] for h in found["hospitals"]}
         ends = ", ".join(f"{name} {points[-1][1]:.2f}" for name, points in spent.items() if points)
         budgets = ", ".join(f"{c:g}" for c in sorted(set(ceilings.values())))
         alt = f"Line chart of epsilon after each round. At the end: {ends}. Budget: {budgets}."
         drawn["epsilon"] = charts.epsilon(spent, ceilings, alt)
-        alt = "Two line charts over the rounds, one line a hospital: loss of the generator, and of the"
-        alt += " discriminator on generated images."
-        generator, discriminator = per_hospital("generator_loss"), per_hospital("discriminator_fake_loss")
+    if any(generator.values()):
+        what = "loss of the generator"
+        what += ", and of the discriminator on generated images" if any(discriminator.values()) else ""
+        alt = f"Line charts over the rounds, one line a hospital: {what}."
         drawn["losses"] = charts.losses(generator, discriminator, alt)
     saturated = per_hospital("saturated_share")
     if any(share for points in saturated.values() for _, share in points):
@@ -382,24 +410,24 @@ def _charts(run: RunRecord, found: Mapping[str, Any]) -> dict[str, str]:
         drawn["traffic"] = charts.traffic(
             {"up, encrypted update": up}, {"down, encrypted sum": down}, found["float32_bytes"], alt
         )
-    rows = _utility_rows(run)
-    if rows:
+    if rows := _utility_rows(run):
         chance = _shared([a.tstr.chance for a in run.arms if a.tstr])
         values = "; ".join(f"{row.label} {row.auc[0]:.3f}" for row in rows)
         alt = f"Dot chart of area under the ROC curve and accuracy by arm. Area: {values}."
         drawn["utility"] = charts.utility(rows, chance, alt)
+    if near := _similarity_rows(run):
+        values = "; ".join(f"{row.label} {row.psnr:.1f}" for row in near)
+        alt = f"Dot chart of PSNR and SSIM by arm. PSNR in dB: {values}."
+        drawn["similarity"] = charts.similarity(near, alt)
     return drawn
 
 
 def _utility_rows(run: RunRecord) -> list[charts.UtilityRow]:
     rows = []
-    places = {f"alone-{h.name}": i for i, h in enumerate(run.hospitals)}
     for arm in run.arms:
         if arm.tstr:
-            colour = drawing.stand_in(places[arm.name]) if arm.name in places else drawing.INK
-            colour = colour if arm.private else drawing.ALARM
             scores = (arm.tstr.auc.mean, arm.tstr.auc.std), (arm.tstr.accuracy.mean, arm.tstr.accuracy.std)
-            rows.append(charts.UtilityRow(arm.label, colour, *scores))
+            rows.append(charts.UtilityRow(arm.label, _arm_colour(run, arm), *scores))
     if rows and run.real:
         auc, accuracy = run.real.tstr.auc, run.real.tstr.accuracy
         scores = (auc.mean, auc.std), (accuracy.mean, accuracy.std)
@@ -407,28 +435,76 @@ def _utility_rows(run: RunRecord) -> list[charts.UtilityRow]:
     return rows
 
 
+def _similarity_rows(run: RunRecord) -> list[charts.SimilarityRow]:
+    rows = [
+        charts.SimilarityRow(arm.label, _arm_colour(run, arm), arm.similarity.psnr, arm.similarity.ssim)
+        for arm in run.arms
+        if arm.similarity
+    ]
+    if untouched := _untouched(run):
+        rows.append(charts.SimilarityRow(untouched["label"], drawing.MUTED, untouched["psnr"], untouched["ssim"]))
+    return rows
+
+
+def _arm_colour(run: RunRecord, arm: Arm) -> str:
+    places = {f"alone-{h.name}": i for i, h in enumerate(run.hospitals)}
+    if run.study.is_private and not arm.private:
+        return drawing.ALARM
+    return drawing.stand_in(places[arm.name]) if arm.name in places else drawing.INK
+
+
+def _untouched(run: RunRecord) -> dict[str, Any] | None:
+    """The inputs as they are, scored like outputs; the same for every arm, for they are made in the same way."""
+    found = next((arm.similarity for arm in run.arms if arm.similarity), None)
+    if found is None:
+        return None
+    return {"label": "input as it is", "psnr": found.psnr_input, "ssim": found.ssim_input, "mae": found.mae_input}
+
+
 def _shared(values: Sequence[T]) -> T | None:
     """The value that all have; None where they differ."""
     return values[0] if values and all(v == values[0] for v in values) else None
 
 
+def _judged(run: RunRecord) -> dict[str, Any]:
+    """By what arms are judged: "tstr", "similarity" or nothing, and the sentence that says how, or why not."""
+    by = {"tstr": any(a.tstr for a in run.arms), "similarity": any(a.similarity for a in run.arms)}
+    scores = [a.tstr or a.similarity for a in run.arms]
+    words = recipe_words.how_judged(
+        run.study, scored=any(by.values()), tested_on=_shared([s.tested_on for s in scores if s])
+    )
+    return {"by": next((name for name, is_so in by.items() if is_so), ""), "words": words, "untouched": _untouched(run)}
+
+
 def _comparison(run: RunRecord) -> str:
-    """What the arms say, in words, with the spread beside the difference."""
-    scores = {a.name: a.tstr.auc for a in run.arms if a.tstr}
+    """What the arms say, in words, with the spread beside the difference where there is one."""
+    if any(a.similarity for a in run.arms):
+        unit, what = " dB", "outputs come to a PSNR of"
+        scores = {a.name: (a.similarity.psnr, 0.0) for a in run.arms if a.similarity}
+    else:
+        unit, what = "", "the generator reaches an area of"
+        scores = {a.name: (a.tstr.auc.mean, a.tstr.auc.std) for a in run.arms if a.tstr}
     alone = {name: score for name, score in scores.items() if name.startswith("alone-")}
     if "federated" not in scores or not alone:
         return ""
-    best_name = max(alone, key=lambda name: alone[name].mean)
-    together, best = scores["federated"], alone[best_name]
-    difference = together.mean - best.mean
-    spread = 2 * math.hypot(together.std, best.std)
-    verdict = "more than" if abs(difference) > spread else "within"
-    words = "above" if difference >= 0 else "below"
-    return (
-        f"Trained together, the generator reaches an area of {together.mean:.3f}. That is"
-        f" {abs(difference):.3f} {words} the best single hospital ({best_name.removeprefix('alone-')},"
-        f" {best.mean:.3f}), {verdict} twice the combined standard deviation ({spread:.3f})."
+
+    def told(value: float) -> str:
+        return f"{value:.1f}{unit}" if unit else f"{value:.3f}"
+
+    best_name = max(alone, key=lambda name: alone[name][0])
+    (together, spread_one), (best, spread_two) = scores["federated"], alone[best_name]
+    words = "above" if together >= best else "below"
+    said = (
+        f"Trained together, {what} {told(together)}. That is {told(abs(together - best))} {words} the best single"
+        f" hospital ({best_name.removeprefix('alone-')}, {told(best)})"
     )
+    if not unit:
+        spread = 2 * math.hypot(spread_one, spread_two)
+        verdict = "more than" if abs(together - best) > spread else "within"
+        said += f", {verdict} twice the combined standard deviation ({spread:.3f})"
+    if "fedavg" in scores:
+        said += f". Plain averaging of both networks in place of the study's aggregation: {told(scores['fedavg'][0])}"
+    return said + "."
 
 
 def _film(run: RunRecord) -> tuple[str, list[Picture]]:
@@ -438,7 +514,8 @@ def _film(run: RunRecord) -> tuple[str, list[Picture]]:
             frames = []
             for number in _thin(sorted(hospital.samples), FILM_FRAMES):
                 caption = f"after round {number}" if number else "before training"
-                alt = f"Generated images {caption}, the same latent points in every frame"
+                same = "drawn inputs" if recipe_words.is_translation(run.study) else "latent points"
+                alt = f"Generated images {caption}, the same {same} in every frame"
                 frames.append(_picture(hospital.samples[number], caption, alt))
             return hospital.name, frames
     return "", []
@@ -450,14 +527,17 @@ def _beside(run: RunRecord) -> list[Picture]:
     for hospital in run.hospitals:
         if hospital.samples:
             number = max(hospital.samples)
-            caption = f"synthetic, after round {number}: the one generator that every hospital holds"
-            pictures.append(_picture(hospital.samples[number], caption, "Generated images, one row a class"))
+            what = "what is made of drawn inputs" if recipe_words.is_translation(run.study) else "synthetic"
+            caption = f"{what}, after round {number}: the one generator that every hospital holds"
+            alt = f"Generated images, rows: {', '.join(recipe_words.picture_rows(run.study))}"
+            pictures.append(_picture(hospital.samples[number], caption, alt))
             break
     for i, hospital in enumerate(run.hospitals):
         if hospital.real:
             kind = "phantoms" if hospital.drawn else "images from the folder given"
-            alt = f"Images that {hospital.name} trained on, one row a class"
-            caption = f"{hospital.name}: its own {kind}"
+            rows = "and below each its target" if run.study.images.paired else "one row a class"
+            alt = f"Images that {hospital.name} trained on, {rows}"
+            caption = f"{hospital.name}: its own {kind}, {rows}"
             pictures.append(_picture(hospital.real, caption, alt, drawing.site_colour(i)))
     return pictures
 
@@ -467,7 +547,7 @@ def _arms(run: RunRecord) -> list[tuple[Any, Picture | None]]:
     found = []
     for arm in run.arms:
         path = run.folder / arm.picture
-        alt = f"Images generated by: {arm.label}"
+        alt = f"Images generated by: {arm.label}; rows: {', '.join(recipe_words.picture_rows(run.study))}"
         found.append((arm, _picture(path, arm.label, alt) if path.is_file() else None))
     return found
 
@@ -506,6 +586,8 @@ def _thin(items: Sequence[Any], most: int) -> list[Any]:
 def study_toml(study: Study) -> str:
     """The study as TOML, without the hospitals' public keys: a simulation makes its own."""
     values = study.model_dump(mode="json")
+    if study.privacy == Privacy(unit="none"):
+        values["privacy"] = "none"  # the short form shows no number that is not used
     top = {k: v for k, v in values.items() if not isinstance(v, dict) and k != "sites"}
     blocks = [_toml_lines(top)]
     for site in values["sites"]:

@@ -88,6 +88,7 @@ def test_different_ceilings_and_sizes_are_told_apart(run: RunWriter) -> None:
         fields = {"steps": 30, "seconds": 1.0, "generator_loss": 1.0, "discriminator_fake_loss": 1.0}
         fields |= {"epsilon": epsilon, "ceiling": ceiling, "noise_multiplier": 1.0, "sampling_rate": 0.1}
         fields["checks"] = dict.fromkeys(("noise", "clipping", "rows", "sampling"), "passed")
+        fields["method"] = "hooks"
         run.say_at(site, "trained", round=1, **fields)
     cohort = ["north", "south", "west"]
     run.say("round_opened", round=1, attempt=1, cohort=cohort)

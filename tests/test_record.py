@@ -111,22 +111,25 @@ class RunWriter:
         (samples / f"round-{number:04d}.png").write_bytes(picture(self.study, clarity, seed=3))
 
     def train(self, site: str, number: int) -> None:
-        share = math.sqrt(number / self.study.training.rounds)
+        share, private = math.sqrt(number / self.study.training.rounds), self.study.is_private
         site_index = self.sites.index(site)
+        names, told = ("noise", "clipping", "rows", "sampling"), self.study.gan.private == "discriminator"
+        verdicts = ("passed", "passed", "passed", "too-few") if private else ("not-run",) * 4
         self.say_at(
             site,
             "trained",
             round=number,
-            steps=self.study.training.local_steps,
+            steps=self.study.steps_per_round,
             seconds=3.1 + 0.3 * site_index + float(self.rng.uniform(0, 0.4)),
             quantize_seconds=0.011,
             generator_loss=self.loss(site, number),
-            discriminator_fake_loss=0.62 - 0.02 * number + 0.03 * site_index,
-            epsilon=(7.95 - 0.11 * site_index) * share,
-            ceiling=self.study.privacy.epsilon,
-            noise_multiplier=SIGMA.get(site, 1.0),
+            discriminator_fake_loss=0.62 - 0.02 * number + 0.03 * site_index if told else 0.0,
+            epsilon=(7.95 - 0.11 * site_index) * share if private else None,
+            ceiling=self.study.privacy.epsilon if private else None,
+            noise_multiplier=SIGMA.get(site, 1.0) if private else None,
             sampling_rate=self.study.sampling_rate(self.study.sites[site_index]),
-            checks={"noise": "passed", "clipping": "passed", "rows": "passed", "sampling": "too-few"},
+            checks=dict(zip(names, verdicts, strict=True)),
+            method="book-keeping" if private else "plain",
         )
 
     def loss(self, site: str, number: int) -> float:
