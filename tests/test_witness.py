@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from fedmedgan.client.gans import cdcgan, recipe
 from fedmedgan.client.gans.recipe import Records
-from fedmedgan.client.training import noise_check, sampling_check
+from fedmedgan.client.training import book_keeping, noise_check, sampling_check
 from fedmedgan.client.training.local_round import Batch, LocalTrainer, PatientSampler
 from fedmedgan.client.training.noise_check import NoiseCheck
 from fedmedgan.client.training.private_step import PrivateStep, _NoisyOptimizer
 from fedmedgan.client.training.randomness import InsecureRandom, SystemRandom
-from fedmedgan.client.training.row_gradients import RowGradients
+from fedmedgan.client.training.row_gradients import RowGradients, WrittenOut
 from fedmedgan.client.training.sampling_check import SamplingCheck, binomial_p, dispersion_p
 from fedmedgan.client.training.witness import NoWitness, Witness
 from fedmedgan.shared.privacy.records import failed_checks
@@ -355,7 +355,7 @@ class MixingALittle(cdcgan.Discriminator):
 
 
 class Reflecting(cdcgan.Discriminator):
-    """Opacus differentiates this wrongly, without a word; the type is another, so book-keeping leaves it to Opacus."""
+    """Opacus differentiates this wrongly, without a word, and book-keeping leaves it to Opacus."""
 
     def __init__(self, images, gan):
         super().__init__(images, gan)
@@ -370,6 +370,44 @@ def test_a_network_that_mixes_rows_or_hides_its_gradient_fails(kind, monkeypatch
     networks = recipe.load(study).networks()[0], kind(study.images, study.gan)
     checks = after(trainer(networks=networks))
     assert failed_checks(checks) == ["rows"]
+
+
+def no_bias(layer, x):
+    return torch.zeros(x.shape[:2])
+
+
+def moved_patches(original):
+    return lambda layer, image, grid: (original(layer, image.roll(1, -1), grid)[0], original(layer, image, grid)[1])
+
+
+def of_the_next_record(original):
+    return lambda layer, use: (original(layer, use)[0].roll(1, 0), *original(layer, use)[1:])
+
+
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [
+        ("_over_positions", lambda original: no_bias),
+        ("_normalised", lambda original: lambda layer, x: x),
+        ("_patches", moved_patches),
+        ("_SIDES", lambda original: original | {nn.Conv2d: of_the_next_record(original[nn.Conv2d])}),
+    ],
+    ids=["no bias", "not normalised", "moved patches", "next record"],
+)
+def test_book_keeping_that_is_wrong_fails(where, fault, monkeypatch):
+    """The sum is clipped and noised all right, but it is not the sum of the records' gradients."""
+    monkeypatch.setattr(book_keeping, where, fault(getattr(book_keeping, where)))
+    one = trainer()
+    assert one.d.step.method == "book-keeping"
+    assert failed_checks(after(one)) == ["rows"]
+
+
+def test_book_keeping_with_a_wrong_norm_fails(monkeypatch):
+    for kind in (WrittenOut, book_keeping.Outer):
+        norm_N = kind.norm_N
+        monkeypatch.setattr(kind, "norm_N", lambda self, norm_N=norm_N: 0.9 * norm_N(self))
+        assert after(trainer(), 1)["clipping"] == "failed"
+        monkeypatch.undo()
 
 
 class OneMore(PatientSampler):

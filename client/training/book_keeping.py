@@ -11,7 +11,7 @@ Here the norm is taken of the very numbers that are added: rounding cannot bring
     one use, one position (Linear on a row)   the gradient is an outer product and is never written out
     several uses or views                     added up for each record before the norm
     an activation changes the output in place  the gradient is still that of the layer's own output
-    a layer's input changes in place          autograd raises
+    a layer's input changes in place          PrivacyError
     layer runs without gradient               that use counts as nothing, as in autograd
 """
 
@@ -37,6 +37,7 @@ from fedmedgan.client.training.row_gradients import (
     fold_views,
     working_bytes,
 )
+from fedmedgan.shared.errors import PrivacyError
 
 Sides = tuple[Tensor, Tensor, bool]
 """left (rows, T, L) and right (rows, T, R): a row's gradient is the sum over T positions of left x right. At the end,
@@ -46,8 +47,19 @@ BLOCK = 1 / 8
 FEW_CHANNELS = 4
 
 
+class Call(NamedTuple):
+    """One call of a layer, on the way forward."""
+
+    layer: nn.Module
+    entered: Tensor
+    version: int
+    """Counts changes in place of what entered."""
+    output: GradientEdge
+    """Where the gradient at what came out is found, whatever becomes of that tensor."""
+
+
 class Use(NamedTuple):
-    """One call of a layer."""
+    """One call of a layer, there and back."""
 
     entered: Tensor
     """(rows, ...): what went in."""
@@ -108,33 +120,39 @@ class BookKeeping(GradientMethod):
             for layer in network.modules()
         }
         self._layers = {layer: mine for layer, mine in self._layers.items() if mine}
+        self._memory: dict[nn.Module, Tensor] = {}
+
+    def close(self) -> None:
+        self._memory.clear()
 
     def _differentiate(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> tuple[Tensor, list[WeightGradients]]:
         records = len(inputs[0])
         losses, calls = self._forward(row_losses, inputs)
-        came_back = torch.autograd.grad(losses.sum(), [edge for _, _, edge in calls], allow_unused=True)
+        came_back = torch.autograd.grad(losses.sum(), [call.output for call in calls], allow_unused=True)
         uses: dict[nn.Module, list[Use]] = {layer: [] for layer in self._layers}
-        for (layer, entered, _), gradient in zip(calls, came_back, strict=True):
+        for call, gradient in zip(calls, came_back, strict=True):
+            if call.entered._version != call.version:
+                raise PrivacyError("PRIVACY_MODEL", "what entered a layer was changed in place afterwards")
             if gradient is not None:
-                uses[layer].append(Use(entered, gradient))
+                uses[call.layer].append(Use(call.entered, gradient))
         del calls, came_back
         parts: list[WeightGradients | None] = [None] * len(self.params)
         with torch.no_grad():
             for layer, mine in self._layers.items():
                 of_layer = uses.pop(layer)
                 for name, place in mine.items():
-                    parts[place] = _gradients(layer, name, of_layer, records)
+                    parts[place] = self._gradients(layer, name, of_layer, records)
         return losses.detach(), [part for part in parts if part is not None]
 
-    def _forward(
-        self, row_losses: RowLosses, inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, list[tuple[nn.Module, Tensor, GradientEdge]]]:
-        """Losses, and each call of a layer: what went in, and where the gradient of what came out is found."""
-        calls: list[tuple[nn.Module, Tensor, GradientEdge]] = []
+    def _forward(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Call]]:
+        """Losses, and each call of a layer."""
+        calls: list[Call] = []
 
-        def note(layer: nn.Module, entered: tuple[Tensor, ...], output: Tensor) -> None:
+        def note(layer: nn.Module, entered: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if output.requires_grad:
-                calls.append((layer, entered[0].detach(), get_gradient_edge(output)))
+                kept = entered[0].detach()
+                calls.append(Call(layer, kept, kept._version, get_gradient_edge(output)))
+            return output.clone() if output._is_view() else output  # a view that changes in place loses its edge
 
         handles = [layer.register_forward_hook(note) for layer in self._layers]
         try:
@@ -144,6 +162,41 @@ class BookKeeping(GradientMethod):
                 handle.remove()
         check_views(losses, len(inputs[0]))
         return losses, calls
+
+    def _gradients(self, layer: nn.Module, name: str, uses: list[Use], records: int) -> WeightGradients:
+        """Of one weight of a layer, summed over uses and views."""
+        weight = getattr(layer, name)
+        if not uses:
+            return WrittenOut(weight.new_zeros(records, weight.numel()), weight.shape)
+        if name == "weight" and type(layer) in _SIDES:
+            return self._products(layer, uses, records, weight.shape)
+        rows = [use.came_back if name == "bias" else _normalised(layer, use.entered) * use.came_back for use in uses]
+        summed = [fold_views(_over_positions(layer, r), records) for r in rows]
+        return WrittenOut(summed[0] if len(summed) == 1 else torch.stack(summed).sum(0), weight.shape)
+
+    def _products(self, layer: nn.Module, uses: list[Use], records: int, shape: torch.Size) -> WeightGradients:
+        """Sum over positions, uses and views of left x right, a block of rows at a time."""
+        sides, right = _SIDES[type(layer)], shape[1:].numel()
+        if len(uses) == 1 and len(uses[0].entered) == records and uses[0].positions(layer) == 1:
+            left_N1L, right_N1R, channels_last = sides(layer, uses[0])
+            return Outer(left_N1L.squeeze(1), right_N1R.squeeze(1), shape, channels_last=channels_last)
+        total_NLR, channels_last = self._space(layer, records, shape), False
+        for use in uses:
+            check_rows(len(use.entered), records)
+            size = max(1, int(BLOCK * working_bytes(total_NLR.device)) // (4 * use.positions(layer) * right))
+            for view in range(0, len(use.entered), records):
+                is_first = view == 0 and use is uses[0]  # with beta = 0, what lies there is ignored
+                for start in range(0, records, size):
+                    stop = min(records, start + size)
+                    left_BTL, right_BTR, channels_last = sides(layer, use.rows(view + start, view + stop))
+                    total_NLR[start:stop].baddbmm_(left_BTL.mT, right_BTR, beta=0 if is_first else 1)
+        return WrittenOut(total_NLR.flatten(1), shape, channels_last=channels_last)
+
+    def _space(self, layer: nn.Module, records: int, shape: torch.Size) -> Tensor:
+        """(records, L, R) to write on. It is kept: asking the system for fresh pages costs more than the arithmetic."""
+        if len(self._memory.get(layer, ())) < records:
+            self._memory[layer] = layer.weight.new_empty(records, shape[0], shape[1:].numel())
+        return self._memory[layer][:records]
 
 
 def supports(network: nn.Module, params: Sequence[nn.Parameter]) -> bool:
@@ -167,18 +220,6 @@ def _is_known(layer: nn.Module) -> bool:
     return not getattr(layer, "track_running_stats", False)
 
 
-def _gradients(layer: nn.Module, name: str, uses: list[Use], records: int) -> WeightGradients:
-    """Of one weight of a layer, summed over uses and views."""
-    weight = getattr(layer, name)
-    if not uses:
-        return WrittenOut(weight.new_zeros(records, weight.numel()), weight.shape)
-    if name == "weight" and type(layer) in _SIDES:
-        return _products(layer, uses, records, weight.shape)
-    rows = [use.came_back if name == "bias" else _normalised(layer, use.entered) * use.came_back for use in uses]
-    summed = [fold_views(_over_positions(layer, r), records) for r in rows]
-    return WrittenOut(summed[0] if len(summed) == 1 else torch.stack(summed).sum(0), weight.shape)
-
-
 def _over_positions(layer: nn.Module, x: Tensor) -> Tensor:
     """(rows, channels): channels are the last axis of a Linear layer, the second one elsewhere."""
     axes = range(1, x.ndim - 1) if isinstance(layer, nn.Linear) else range(2, x.ndim)
@@ -188,26 +229,6 @@ def _over_positions(layer: nn.Module, x: Tensor) -> Tensor:
 def _normalised(layer: nn.GroupNorm | nn.InstanceNorm2d, entered: Tensor) -> Tensor:
     groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
     return functional.group_norm(entered, groups, eps=layer.eps)
-
-
-def _products(layer: nn.Module, uses: list[Use], records: int, shape: torch.Size) -> WeightGradients:
-    """Sum over positions, uses and views of left x right, a block of rows at a time."""
-    sides, right = _SIDES[type(layer)], shape[1:].numel()
-    alone = len(uses) == 1 and len(uses[0].entered) == records
-    if alone and uses[0].positions(layer) == 1:
-        left_N1L, right_N1R, channels_last = sides(layer, uses[0])
-        return Outer(left_N1L.squeeze(1), right_N1R.squeeze(1), shape, channels_last=channels_last)
-    total_NLR = uses[0].came_back.new_zeros(records, shape[0], right)
-    channels_last = False
-    for use in uses:
-        check_rows(len(use.entered), records)
-        size = max(1, int(BLOCK * working_bytes(total_NLR.device)) // (4 * use.positions(layer) * right))
-        for view in range(0, len(use.entered), records):
-            for start in range(0, records, size):
-                stop = min(records, start + size)
-                left_BTL, right_BTR, channels_last = sides(layer, use.rows(view + start, view + stop))
-                total_NLR[start:stop].baddbmm_(left_BTL.mT, right_BTR)
-    return WrittenOut(total_NLR.flatten(1), shape, channels_last=channels_last)
 
 
 def _of_linear(layer: nn.Linear, use: Use) -> Sides:

@@ -16,6 +16,7 @@ Records are taken in chunks that fit the processor's cache; clipping is by recor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -33,7 +34,6 @@ from fedmedgan.client.training.row_gradients import (
     Hooks,
     RowGradients,
     RowLosses,
-    images_need_no_gradient,
     working_bytes,
 )
 from fedmedgan.client.training.witness import LOUD, NoWitness, ProbePass
@@ -41,7 +41,7 @@ from fedmedgan.shared.errors import ModelError, PrivacyError
 
 CLIP_MARGIN = 1e-5
 """Records are clipped to C (1 - margin): float32 overshoots by up to 1.4e-6 (measured), the noise is for C in full."""
-ACTIVATIONS = 32
+ACTIVATIONS = 40
 """Values that pass through a network for each value of a record: a rough guess, which only sets the size of chunks."""
 
 METHODS: dict[str, type[GradientMethod]] = {m.name: m for m in (Hooks, BookKeeping, Functional)}
@@ -159,21 +159,21 @@ class PrivateStep:
             ModelError: MODEL_MISMATCH, the losses are not one for each row.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        records, losses = len(inputs[0]), []
-        size = self._chunk(inputs)
-        for start in range(0, max(1, records), size):
-            rows = self._gradients.backward(row_losses, [x[start : start + size] for x in inputs])
+        losses = []
+        for chunk in self._chunks(inputs):
+            rows = self._gradients.backward(row_losses, chunk)
             self.optimizer.clip_and_add(rows)
             losses.append(rows.losses.view(-1, rows.records) if rows.records else rows.losses[None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.cat(losses, dim=1).flatten()
 
-    def _chunk(self, inputs: Sequence[Tensor]) -> int:
-        """Records that are worked on at a time, from shapes alone: their gradients and activations fit the cache."""
-        params = self.optimizer.params
+    def _chunks(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Records that are worked on at a time: so many that their gradients and activations fit the cache."""
+        params, records = self.optimizer.params, len(inputs[0])
         values = sum(p.numel() for p in params) + ACTIVATIONS * sum(x.shape[1:].numel() for x in inputs)
-        return max(1, working_bytes(params[0].device) // (4 * values))
+        chunks = math.ceil(records * 4 * values / working_bytes(params[0].device))
+        return zip(*(x.tensor_split(max(1, min(chunks, records))) for x in inputs), strict=True)
 
     def probe(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> None:
         """Show the witness what records do to each other and that they are clipped. Nothing is trained.
@@ -190,8 +190,7 @@ class PrivateStep:
         first = self._probe_pass(loud, records)
         changed = self._probe_pass(loud, [torch.cat([x[-1:], x[1:-1]]) for x in inputs])
         losses = loud(self.network, *records).view(-1, len(records[0]))
-        with images_need_no_gradient():
-            row_1 = torch.autograd.grad(losses[:, 1].sum(), self.optimizer.params, materialize_grads=True)
+        row_1 = torch.autograd.grad(losses[:, 1].sum(), self.optimizer.params, materialize_grads=True)
         self.optimizer.witness.saw_probe(first, changed, torch.cat([g.flatten() for g in row_1]))
 
     def _probe_pass(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> ProbePass:
@@ -217,7 +216,7 @@ class PrivateStep:
                 p.requires_grad_(True)
 
     def close(self) -> None:
-        """Take everything off the network again."""
+        """Give back memory."""
         self._gradients.close()
 
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -157,7 +156,8 @@ class GradientMethod(ABC):
         self.network, self.params = network, list(params)
 
     def backward(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> RowGradients:
-        """Gradients of every record of `inputs`, each (records, ...); nothing stays at the weights.
+        """Gradients of every record of `inputs`, each (records, ...), good until the next call; the weights' own
+        gradients are not touched, or are none.
 
         Raises:
             PrivacyError: PRIVACY_MODEL, a layer's rows do not belong to records.
@@ -173,8 +173,8 @@ class GradientMethod(ABC):
     def _differentiate(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> tuple[Tensor, list[WeightGradients]]:
         """Losses, detached, and one part for each of `params`."""
 
-    def close(self) -> None:  # noqa: B027 - only hooks leave something behind
-        """Leave the network as it was."""
+    def close(self) -> None:  # noqa: B027 - only book-keeping keeps something
+        """Give back memory."""
 
 
 class Hooks(GradientMethod):
@@ -182,22 +182,18 @@ class Hooks(GradientMethod):
 
     name = "hooks"
 
-    def __init__(self, network: nn.Module, params: Sequence[nn.Parameter]) -> None:
-        super().__init__(network, params)
-        self._hooks = GradSampleHooks(network, loss_reduction="sum")
-        self._hooks.disable_hooks()
-
     def _differentiate(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> tuple[Tensor, list[WeightGradients]]:
         self._clear()
-        self._hooks.enable_hooks()
+        hooks = GradSampleHooks(self.network, loss_reduction="sum")
         try:
             losses = row_losses(self.network, *inputs)
             check_views(losses, len(inputs[0]))
-            with images_need_no_gradient():
+            with warnings.catch_warnings():  # that images need no gradient, which is how it should be
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 losses.sum().backward()
             return losses.detach(), [self._part(p, len(inputs[0])) for p in self.params]
         finally:
-            self._hooks.disable_hooks()
+            hooks.cleanup()
             self._clear()
 
     @staticmethod
@@ -210,10 +206,7 @@ class Hooks(GradientMethod):
 
     def _clear(self) -> None:
         for p in self.params:
-            p.grad = p.grad_sample = None
-
-    def close(self) -> None:
-        self._hooks.cleanup()
+            p.grad = None
 
 
 class Functional(GradientMethod):
@@ -231,6 +224,7 @@ class Functional(GradientMethod):
         def loss_of_one(weights: dict[str, Tensor], *record: Tensor) -> tuple[Tensor, Tensor]:
             alone = [x[None] for x in record]
             losses_V = torch.func.functional_call(self._loss, weights, (row_losses, *alone))
+            check_views(losses_V, records=1)
             return losses_V.sum(), losses_V
 
         differentiate = torch.func.vmap(torch.func.grad(loss_of_one, has_aux=True), (None, *(0 for _ in inputs)))
@@ -249,14 +243,6 @@ class _LossOf(nn.Module):
 
     def forward(self, row_losses: RowLosses, *inputs: Tensor) -> Tensor:
         return row_losses(self.network, *inputs)
-
-
-@contextmanager
-def images_need_no_gradient() -> Iterator[None]:
-    """Which is how it should be, and what torch warns of where there are Opacus' hooks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        yield
 
 
 def check_views(losses: Tensor, records: int) -> None:
