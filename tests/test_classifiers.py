@@ -7,16 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from fedmedgan.client.release import classifiers
 from fedmedgan.client.release.classifiers import (
     FEWEST_OF_A_CLASS,
     LARGEST_SIDE,
+    fit,
     train_on_synthetic_test_on_real,
     train_once_test_on_each,
 )
 from fedmedgan.client.release.holdout import split_patients
 from fedmedgan.shared.errors import DataError
 from fedmedgan.simulations.phantoms import draw_anatomy, radiographs
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """For tests that ask not how well a classifier learns."""
+    monkeypatch.setattr(classifiers, "STEPS", 80)
 
 
 def _bars(count: int, classes: int = 2, seed: int = 0, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +60,7 @@ def test_labels_that_mean_nothing_teach_nothing():
     assert 0.3 < utility.auc < 0.7
 
 
-def test_several_seeds_and_classes():
+def test_several_seeds_and_classes(quick):
     utility = train_on_synthetic_test_on_real(*_bars(150, 3), *_bars(90, 3, seed=1), seeds=(4, 5))
     assert utility.accuracy > 0.9
     assert utility.accuracy == pytest.approx(np.mean(utility.accuracy_per_seed))
@@ -59,7 +68,7 @@ def test_several_seeds_and_classes():
     assert utility.chance == pytest.approx(1 / 3)
 
 
-def test_the_same_seed_gives_the_same_result_and_global_random_numbers_are_left_alone():
+def test_the_same_seed_gives_the_same_result_and_global_random_numbers_are_left_alone(quick):
     noise = np.random.default_rng(1).uniform(-1, 1, (60, 1, 8, 8))  # on which no two classifiers agree
     images = (*_bars(60), noise, np.arange(60) % 2)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -73,7 +82,7 @@ def test_the_same_seed_gives_the_same_result_and_global_random_numbers_are_left_
     assert other != first
 
 
-def test_the_classifier_does_not_depend_on_what_it_is_tested_with():
+def test_the_classifier_does_not_depend_on_what_it_is_tested_with(quick):
     train, (images, labels) = _bars(40), _bars(80, seed=3)
     images = np.concatenate([images[:40], -images[40:]])  # a half that is hard
     easy, hard = (images[:40], labels[:40]), (images[40:], labels[40:])
@@ -92,7 +101,13 @@ def test_a_rare_class_is_learned_too():
     assert utility.accuracy > 0.8
 
 
-def test_tensors_and_read_only_arrays_are_taken_and_large_images_are_averaged():
+def test_the_mixture_of_labels_in_training_is_not_learned():
+    grey, labels = torch.zeros(110, 1, 4, 4), torch.from_numpy((np.arange(110) % 11 == 0).astype(int))
+    network = fit(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), grey, labels, 0, steps=300)
+    assert 0.4 < float(network(grey).detach().softmax(1)[0, 1]) < 0.6  # of images that say nothing; one in eleven is that label
+
+
+def test_tensors_and_read_only_arrays_are_taken_and_large_images_are_averaged(quick):
     rng = np.random.default_rng(0)
     labels = np.arange(20) % 2
     small = rng.uniform(-1, 1, (20, 1, 8, LARGEST_SIDE)).astype(np.float16)

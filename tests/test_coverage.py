@@ -64,6 +64,13 @@ def test_a_collapsed_generator_is_precise_and_covers_nothing():
     assert density_coverage(collapsed, real).coverage < 0.1
 
 
+def test_an_edge_belongs_to_its_ball():
+    same = points(1, 4, 1).repeat(30, 1)  # balls of radius 0
+    quality, variety = precision_recall(same, same), density_coverage(same, same)
+    assert (quality.precision, quality.recall, variety.coverage) == (1, 1, 1)
+    assert precision_recall(same + 1e-6, same).precision == 0
+
+
 def test_outliers_raise_recall_but_not_coverage():
     real, synthetic = points(200, 2, 1), points(200, 2, 2) * 0.05
     outliers = torch.tensor([[9.0, 9.0], [-9.0, 9.0], [9.0, -9.0], [-9.0, -9.0]]).double()

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from fedmedgan.client.release import coverage, distances, duplicates, similarity
+from fedmedgan.client.release import classifiers, coverage, distances, duplicates, similarity
 from fedmedgan.client.release.evaluate import METRICS, SYNTHETIC_ONLY, Metric, Rule, evaluate
 from fedmedgan.client.release.features import FeatureExtractor, train_extractor
 from fedmedgan.client.release.rule import MUST_STAY, refuse_in_release
@@ -49,6 +49,14 @@ def everything(extractor) -> dict:
         "extractor": extractor,
         "seeds": (0,),
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """A third of the classifiers' steps: whether they learn is the matter of test_classifiers.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "STEPS", 100)
+        yield
 
 
 @pytest.fixture(scope="module")

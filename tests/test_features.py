@@ -16,7 +16,7 @@ from fedmedgan.simulations.phantoms import draw_anatomy, radiographs
 STEPS = 60
 
 
-def phantoms(count: int, seed: int, side: int = 28) -> tuple[np.ndarray, np.ndarray]:
+def phantoms(count: int, seed: int, side: int = 16) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count)
     images = radiographs(draw_anatomy(rng, count), labels, side, rng)
@@ -42,11 +42,11 @@ def test_the_same_images_and_seed_give_the_same_weights_on_any_number_of_threads
 
 
 def test_it_learns_and_says_how_well():
-    learned = train_extractor(*phantoms(800, 0), trained_on="phantoms", steps=150)
+    learned = train_extractor(*phantoms(800, 0), trained_on="phantoms", steps=250)
     assert learned.accuracy > 0.85
-    images, labels = phantoms(400, 0)
-    meaningless = np.random.default_rng(1).permutation(labels)
-    assert train_extractor(images, meaningless, trained_on="x", steps=STEPS).accuracy < 0.8
+    images, labels = phantoms(200, 0)
+    meaningless = np.random.default_rng(1).permutation(labels)  # which can be learned by heart only
+    assert train_extractor(images, meaningless, trained_on="x", steps=150).accuracy < 0.8
 
 
 def test_features_have_mean_0_and_deviation_1_where_it_was_trained(extractor):
@@ -135,7 +135,7 @@ IMAGES, LABELS = phantoms(40, 0)
         (IMAGES, LABELS * 0, "x", "two classes"),
         (IMAGES, LABELS * 2, "x", "two classes"),
         (IMAGES[:15], LABELS[:15], "x", "two classes"),
-        (IMAGES[:, :, :20], LABELS, "x", "square"),
+        (IMAGES[:, :, :12], LABELS, "x", "square"),
         (IMAGES * 2, LABELS, "x", "outside"),
         (IMAGES * np.nan, LABELS, "x", "not finite"),
         (IMAGES, LABELS[1:], "x", "differ in number"),

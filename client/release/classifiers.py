@@ -139,7 +139,7 @@ def train_once_test_on_each(
 
     images = images.to(device)
     target_N = torch.from_numpy(np.searchsorted(classes, label_N)).to(device)
-    classifiers = [fit(lambda: _Classifier(len(classes)), images, target_N, seed) for seed in seeds]
+    classifiers = [fit(lambda: _Classifier(len(classes)), images, target_N, seed, steps=STEPS) for seed in seeds]
     return {
         name: _measure(classifiers, test_images.to(device), np.searchsorted(classes, test_label_N), len(images))
         for name, (test_images, test_label_N) in checked.items()
@@ -152,7 +152,7 @@ def fit(
     target_N: Tensor,
     seed: int,
     *,
-    steps: int = STEPS,
+    steps: int,
     batch: int = BATCH,
     learning_rate: float = LEARNING_RATE,
 ) -> Network:
