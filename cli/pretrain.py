@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedmedgan.client.data.patients import PatientImages
+    from fedmedgan.client.training.local_round import Losses
 
 
 def pretrain(
@@ -45,7 +46,7 @@ def pretrain(
     console = Console(stderr=True, highlight=False)
     console.print(f"{len(public.labels_N)} public images, {steps} steps WITHOUT privacy on {where}", soft_wrap=True)
 
-    def tell(done: int, losses: pretraining.Losses) -> None:
+    def tell(done: int, losses: Losses) -> None:
         console.print(f"step {done} of {steps}: generator's loss {losses.generator:.3f}", soft_wrap=True)
 
     arrays = pretraining.pretrain(study, public, steps=steps, device=where, tell=tell)

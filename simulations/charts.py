@@ -202,7 +202,7 @@ def similarity(rows: Sequence[SimilarityRow], alt: str) -> str:
 
 
 @matplotlib.rc_context(drawing.STYLE)
-def _dots(name: str, rows: Sequence[UtilityRow] | Sequence[SimilarityRow], panels: Sequence[_Panel], alt: str) -> str:
+def _dots(name: str, rows: Sequence[UtilityRow | SimilarityRow], panels: Sequence[_Panel], alt: str) -> str:
     """One line for each row, one panel for each measure."""
     figure = Figure(figsize=(10, 0.9 + 0.34 * len(rows)))
     drawn = figure.subplots(1, len(panels), sharey=True)

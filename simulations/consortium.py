@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image
 
 from fedmedgan.client import joining, pretrained
 from fedmedgan.client.cycle import Hospital
@@ -137,8 +138,15 @@ def read_data(run_folder: Path, study: Study) -> None:
             (home / CLASSES).write_text(counts + "\n")
         if not (home / PHANTOMS).is_dir():
             continue
-        sheet = pictures.by_class(patients.images_N1HW, patients.labels_N, len(study.images.classes), SAMPLE_COLUMNS)
-        (home / "real.png").write_bytes(pictures.png(sheet))
+        (home / "real.png").write_bytes(pictures.png(_own_images(patients, len(study.images.classes))))
+
+
+def _own_images(patients: PatientImages, n_classes: int) -> Image.Image:
+    """One row a class; of pairs one image of some patients, and below each its target."""
+    if patients.targets_N1HW is None:
+        return pictures.by_class(patients.images_N1HW, patients.labels_N, n_classes, SAMPLE_COLUMNS)
+    some = np.unique(patients.patient_N, return_index=True)[1][:SAMPLE_COLUMNS]
+    return pictures.grid(np.concatenate([patients.images_N1HW[some], patients.targets_N1HW[some]]), len(some))
 
 
 def _count_classes(patients: PatientImages, n_classes: int) -> dict[str, list[int]]:

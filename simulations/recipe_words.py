@@ -93,10 +93,7 @@ def picture_rows(study: Study) -> list[str]:
     classes = list(study.images.classes)
     if not is_translation(study):
         return classes
-    if not study.gan.task:
-        rows = ["drawn input", *(f"as {name}" for name in classes)]
-    else:
-        rows = ["input", "output"]
+    rows = ["input", "output"] if study.gan.task else ["drawn input", *(f"as {name}" for name in classes)]
     n = max(len(classes), len(rows))
     return [rows[i % len(rows)] for i in range(n)]
 

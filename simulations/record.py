@@ -345,7 +345,7 @@ def _check_sites(event: CoordinatorEvent, known: set[str]) -> None:
 
 
 def _check_privacy(event: HospitalEvent, study: Study, where: str) -> None:
-    """What was spent is told where the study promises privacy, and nowhere else: a missing epsilon is no epsilon of 0."""
+    """What was spent is told where the study promises privacy, and nowhere else: no epsilon is no epsilon of 0."""
     if isinstance(event, Trained):
         told = {value is not None for value in (event.epsilon, event.ceiling, event.noise_multiplier)}
         if told != {study.is_private}:

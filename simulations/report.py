@@ -489,7 +489,7 @@ def _comparison(run: RunRecord) -> str:
         return ""
 
     def told(value: float) -> str:
-        return f"{value:.1f}{unit}" if unit else f"{value:.3f}"
+        return f"{value:.2f}{unit}" if unit else f"{value:.3f}"
 
     best_name = max(alone, key=lambda name: alone[name][0])
     (together, spread_one), (best, spread_two) = scores["federated"], alone[best_name]
@@ -502,6 +502,8 @@ def _comparison(run: RunRecord) -> str:
         spread = 2 * math.hypot(spread_one, spread_two)
         verdict = "more than" if abs(together - best) > spread else "within"
         said += f", {verdict} twice the combined standard deviation ({spread:.3f})"
+    if untouched := _untouched(run):
+        said += f"; the inputs as they are: {told(untouched['psnr'])}"
     if "fedavg" in scores:
         said += f". Plain averaging of both networks in place of the study's aggregation: {told(scores['fedavg'][0])}"
     return said + "."

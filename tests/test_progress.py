@@ -129,6 +129,19 @@ def test_a_terminal_gets_bars(run: RunWriter) -> None:
     assert drawn.endswith("\x1b[?25h"), "the cursor is shown again"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_without_privacy_that_is_said_and_no_epsilon(tmp_path: Path, terminal: bool) -> None:
+    study = make_study(rounds=2, images={"size": 28}, privacy="none")
+    run, text = RunWriter(tmp_path / "run", study), io.StringIO()
+    shown = Progress(run.folder, study, Console(file=text, force_terminal=terminal, width=120, highlight=False))
+    shown.start()
+    run.open()
+    run.round(1)
+    shown.stop()
+    assert "WITHOUT privacy" in text.getvalue()
+    assert "epsilon" not in text.getvalue()
+
+
 def test_a_damaged_log_ends_the_display_but_not_the_run(run: RunWriter) -> None:
     console, text = plain()
     append(run.folder / "events.jsonl", "unheard_of", 1.0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedmedgan.shared.errors import RunError
-from fedmedgan.shared.study import Study, from_dict
+from fedmedgan.shared.study import Aggregation, Study, from_dict
 from fedmedgan.simulations import record
 
 START = 1_790_000_000.0
@@ -197,28 +197,41 @@ class RunWriter:
         self.say("run_closed", rounds=rounds, reason=reason, model_hash=digest(f"model {rounds}"))
 
     def compare(self) -> None:
-        """The comparison arms, and pictures of each hospital's own images."""
+        """The comparison arms, scored by what the recipe is for, and pictures of each hospital's own images."""
         for i, site in enumerate(self.sites):
             (self.folder / "hospitals" / site / "real.png").write_bytes(picture(self.study, 1.0, seed=20 + i))
         (self.folder / "arms").mkdir()
-        delta = self.study.privacy.delta
-        rows: list[tuple[Any, ...]] = [("federated", "together, private (this run)", True, 7.95, 0.90, 0.86)]
+        promised, delta = self.study.is_private, self.study.privacy.delta
+        rows: list[tuple[Any, ...]] = [("federated", "together, private (this run)", promised, 7.95, 0.90, 0.86)]
         for i, site in enumerate(SITES):
-            rows.append((f"alone-{site}", f"{site} alone, private", True, 7.9, 0.45, 0.68 - 0.02 * i))
-        rows += [("no-privacy", "together, without privacy", False, None, 0.97, 0.93)]
+            rows.append((f"alone-{site}", f"{site} alone, private", promised, 7.9, 0.45, 0.68 - 0.02 * i))
+        if self.study.aggregation != Aggregation():
+            rows += [("fedavg", "plain averaging, private", promised, 7.95, 0.8, 0.84)]
+        if promised:
+            rows += [("no-privacy", "together, without privacy", False, None, 0.97, 0.93)]
         arms = []
         for i, (name, label, private, epsilon, clarity, auc) in enumerate(rows):
             (self.folder / "arms" / f"{name}.png").write_bytes(picture(self.study, clarity, seed=3))
-            accuracy = {"mean": auc - 0.06, "std": 0.012 + 0.002 * i}
-            tstr: dict[str, Any] = {"accuracy": accuracy, "auc": {"mean": auc, "std": 0.01 + 0.003 * i}}
-            tstr |= {"chance": 0.53, "tested_on": 243}
-            arm = {"name": name, "label": label, "private": private, "epsilon": epsilon, "tstr": tstr}
+            arm = {"name": name, "label": label, "private": private, "epsilon": epsilon if private else None}
             arm |= {"delta": delta if private else None, "picture": f"arms/{name}.png"}
-            arm["seconds"] = 44.0 - 6 * i
-            arms.append(arm)
-        real_tstr = {"accuracy": {"mean": 0.93, "std": 0.008}, "auc": {"mean": 0.975, "std": 0.004}}
-        body = {"arms": arms, "real": {"tstr": real_tstr, "label": "train on real"}}
+            arms.append({**arm, "seconds": 44.0 - 6 * i, **self.score(i, auc)})
+        body: dict[str, Any] = {"arms": arms}
+        if arms[0].get("tstr"):
+            real_tstr = {"accuracy": {"mean": 0.93, "std": 0.008}, "auc": {"mean": 0.975, "std": 0.004}}
+            body["real"] = {"tstr": real_tstr, "label": "train on real"}
         (self.folder / "arms.json").write_text(json.dumps(body))
+
+    def score(self, arm: int, auc: float) -> dict[str, Any]:
+        if self.study.gan.task:
+            output = {"psnr": 20 + 5 * auc, "ssim": auc, "mae": 0.2 - 0.1 * auc}
+            return {
+                "similarity": {**output, "psnr_input": 19.3, "ssim_input": 0.7, "mae_input": 0.15, "tested_on": 243}
+            }
+        if self.study.gan.private == "both" or len(self.study.images.classes) == 1:
+            return {"tstr": None}
+        accuracy = {"mean": auc - 0.06, "std": 0.012 + 0.002 * arm}
+        tstr = {"accuracy": accuracy, "auc": {"mean": auc, "std": 0.01 + 0.003 * arm}}
+        return {"tstr": {**tstr, "chance": 0.53, "tested_on": 243}}
 
 
 def build_run(folder: Path, study: Study | None = None) -> Path:
@@ -353,6 +366,44 @@ def test_only_the_number_of_a_hospitals_troubles_is_read(run_folder: Path) -> No
     run = record.load(run_folder)
     assert [h.troubles for h in run.hospitals] == [0, 0, 0, 1]
     assert "ZZPHI" not in repr(run)
+
+
+@pytest.mark.parametrize("change", [{"epsilon": None}, {"ceiling": None}, {"noise_multiplier": None}])
+def test_a_private_round_without_its_epsilon_is_refused(run_folder: Path, change: dict[str, Any]) -> None:
+    rewrite(run_folder / "hospitals/north/events.jsonl", "trained", **change)
+    with pytest.raises(RunError, match="does not fit what the study promises"):
+        record.load(run_folder)
+
+
+def rewrite(path: Path, event: str, **changes: Any) -> None:
+    """The same events, the first of that name changed; unlike `change_line` it can write null."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    next(line for line in lines if line["event"] == event).update(changes)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+NO_PRIVACY: dict[str, Any] = {"images": {"size": 28}, "privacy": "none"}
+
+
+def test_without_privacy_there_is_no_epsilon_neither_zero_nor_any_other(tmp_path: Path) -> None:
+    run = record.load(build_run(tmp_path / "run", make_study(rounds=2, **NO_PRIVACY)))
+    assert run.final_epsilon is None
+    assert [arm.epsilon for arm in run.arms] == [None] * 5
+    assert {t.method for h in run.hospitals for t in h.trained.values()} == {"plain"}
+    rewrite(run.folder / "hospitals/west/events.jsonl", "trained", epsilon=0.0, ceiling=8.0, noise_multiplier=0.0)
+    with pytest.raises(RunError, match="does not fit what the study promises"):
+        record.load(run.folder)
+
+
+def test_scores_of_an_image_to_image_recipe_are_read(tmp_path: Path) -> None:
+    gan = {"recipe": "pix2pix", "private": "both", "task": "denoise"}
+    study = make_study(rounds=1, images={"size": 28}, gan=gan, aggregation={"optimizer": "fedavgm"})
+    run = record.load(build_run(tmp_path / "run", study))
+    assert [arm.name for arm in run.arms][-2:] == ["fedavg", "no-privacy"]
+    scores = run.arms[0].similarity
+    assert scores is not None and run.arms[0].tstr is None
+    assert (scores.psnr_input, scores.tested_on) == (19.3, 243)
+    assert run.real is None
 
 
 def test_an_edited_study_is_refused(run_folder: Path) -> None:

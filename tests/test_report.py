@@ -263,6 +263,129 @@ def test_how_much_was_cut_is_told(tmp_path: Path, saturated: int, words: str) ->
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == (6 if saturated else 5)
 
 
+# ---- recipes and settings
+
+
+def words_of(folder: Path, **parts: Any) -> Page:
+    """The page of a finished run of two rounds under such a study."""
+    parts = {"images": SMALL, **parts}
+    return page_of(build_run(folder / "run", make_study(rounds=2, **parts)))
+
+
+def charts_of(page: Page) -> list[str]:
+    return [a["aria-label"] for tag, a in page.tags if tag == "svg"][1:]
+
+
+@pytest.fixture(scope="module")
+def translated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]]:
+    """Page and twin of an image-to-image run."""
+    folder = tmp_path_factory.mktemp("translated")
+    page = words_of(folder, gan={"recipe": "pix2pix", "private": "both", "task": "denoise"})
+    return page, twin_of(folder / "run")
+
+
+def test_how_gradients_of_records_were_found_is_told_for_each_hospital(finished: Path, tmp_path: Path) -> None:
+    assert {h["method"] for h in twin_of(finished)["hospitals"]} == {"book-keeping"}
+    assert Page((finished / "report.html").read_text()).words("ran").count("book-keeping") == len(SITES) + 1
+    folder = build_run(tmp_path / "run", make_study(rounds=2, images=SMALL))
+    events = folder / "hospitals/south/events.jsonl"
+    events.write_text(events.read_text().replace('"book-keeping"', '"hooks"', 1))
+    report.write(folder)
+    assert [h["method"] for h in twin_of(folder)["hospitals"]][1] == "hooks, book-keeping"
+
+
+def test_without_privacy_the_page_says_so_and_shows_no_epsilon(tmp_path: Path) -> None:
+    page, twin = words_of(tmp_path, privacy="none"), twin_of(tmp_path / "run")
+    assert "Trained WITHOUT privacy. The study says" in page.words()
+    assert "It was trained WITHOUT privacy: no noise was added" in page.words()
+    assert page.words("privacy").startswith("Privacy None. The study promises nothing to any patient")
+    assert "WITHOUT clipping and noise" in page.words("cycle")
+    assert not re.search(r"(epsilon|ε)( at most| is|:| =)? [\d∞]", page.words()), "no number is called an epsilon"
+    assert not [alt for alt in charts_of(page) if "epsilon" in alt]
+    assert "all WITHOUT privacy" in page.words("comparison")
+    assert "Comparison on the same budget" not in page.words()
+    assert 'privacy = "none"' in page.words("repeat")
+    assert twin["privacy"] == {"promised": False}
+    assert {h["epsilon"] for h in twin["hospitals"]} == {h["epsilon_replace_one"] for h in twin["hospitals"]} == {None}
+    assert {h["method"] for h in twin["hospitals"]} == {"plain"}
+    assert {r["epsilon"] for r in twin["rounds"]} == {None}
+    assert "Infinity" not in (tmp_path / "run" / "report.json").read_text()
+
+
+def test_an_image_to_image_run_is_told_as_one(translated: tuple[Page, dict[str, Any]]) -> None:
+    page, twin = translated
+    assert "its discriminator and generator read patients" in page.words("ran")
+    assert "24 private steps (20 of the discriminator, 4 of the generator)" in page.words("ran")
+    assert "steps of both networks are counted" in page.words("privacy")
+    assert [h["steps"] for h in twin["hospitals"]] == [48] * len(SITES)
+    assert "rows from top to bottom: input, output" in page.words("images")
+    assert "latent points" not in page.words("images")
+    assert "PSNR, dB SSIM MAE" in page.words("comparison")
+    assert "Outputs for 243 real images that were kept apart" in page.words("comparison")
+    assert "24.30 0.8600 0.1140" in page.words("comparison")
+    assert "input as it is (no network) – – 19.30 0.7000 0.1500" in page.words("comparison")
+    assert "the inputs as they are: 19.30 dB" in page.words("comparison")
+    assert "classifier" not in page.words("comparison")
+    assert any(alt.startswith("Dot chart of PSNR and SSIM") for alt in charts_of(page))
+
+
+def test_nothing_is_told_of_how_fakes_that_are_made_of_patients_are_known(
+    translated: tuple[Page, dict[str, Any]],
+) -> None:
+    page, twin = translated
+    assert {r["discriminator_fake_loss"] for r in twin["rounds"]} == {None}
+    (losses,) = [alt for alt in charts_of(page) if "loss of the generator" in alt]
+    assert "discriminator" not in losses
+    assert "What the discriminator says of generated images is not here" in page.words("losses")
+
+
+ONE_CLASS: dict[str, Any] = {"gan": {"recipe": "dcgan"}, "images": {**SMALL, "classes": ("any",)}}
+UNPAIRED: dict[str, Any] = {"gan": {"recipe": "cyclegan", "private": "both"}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "why", "rows"),
+    [
+        (ONE_CLASS, "There is one class, so a classifier has nothing to tell apart", "one row for each class (any)"),
+        (UNPAIRED, "are not paired, so there is no target", "top to bottom: drawn input, as clear, as opacity"),
+    ],
+)
+def test_why_there_is_no_score_is_told(tmp_path: Path, parts: dict[str, Any], why: str, rows: str) -> None:
+    page = words_of(tmp_path, **parts)
+    assert why in page.words("comparison")
+    assert rows in page.words("images")
+    assert "PSNR" not in page.words("comparison")
+    assert not [alt for alt in charts_of(page) if alt.startswith("Dot chart")]
+
+
+def test_aggregation_and_what_is_shared(tmp_path: Path) -> None:
+    aggregation = {"share": "generator", "optimizer": "fedadam", "learning_rate": 0.01}
+    page = words_of(tmp_path, aggregation=aggregation)
+    assert "each discriminator stays at its hospital, 201 473 parameters" in page.words("ran")
+    assert "FedAdam (learning rate 0.01, momentum 0.9, beta2 0.99, adaptivity 0.001)" in page.words("ran")
+    assert "all hospitals held the same generator; each kept a discriminator of its own" in page.words()
+    assert "Shared: the generator alone" in page.words("bytes")
+    assert "plain averaging, private" in page.words("comparison")
+    assert "Plain averaging of both networks in place of the study's aggregation: 0.840" in page.words("comparison")
+
+
+def test_stabilisers_and_pre_training_are_named(tmp_path: Path) -> None:
+    gan = {"ema": 0.9, "attention": True, "pretrained": "ab" * 32, "pretrained_on": "drawn <b>phantoms</b>"}
+    training = {"adaptive": True, "views": 4, "real_label": 0.9, "replay": 0.25, "fake_penalty": 2.0}
+    values = {"training": {"rounds": 2, **training, "spectral_projection": True}, "gan": gan, "images": SMALL}
+    sites = [{"name": name, "patients": n} for name, n in SITES.items()]
+    study = study_module.from_dict({"name": "chest-demo", "sites": sites, **values})
+    page = page_of(build_run(tmp_path / "run", study))
+    assert (
+        "beside it: adaptive ratio of steps, moving average of the generator (0.9 a round), spectral projection,"
+        " self-attention, label smoothing (0.9), 4 views of a record, penalty on fakes (2), replay of 25 % of the"
+        " fakes."
+    ) in page.words("ran")
+    assert "trained on public images (drawn <b>phantoms</b>)" in page.words("ran")
+    assert "--weights FILE" in page.words("repeat")
+    assert "Public means public." in page.words("limits")
+
+
 # ---- what must not be hidden
 
 
@@ -386,6 +509,14 @@ def test_the_study_on_the_page_is_the_study(finished: Path) -> None:
     assert shown is not None
     again = study_module.parse(shown[1].replace("&#34;", '"'))
     assert again == record.load(finished).study
+
+
+def test_the_short_form_of_no_privacy_is_the_same_study() -> None:
+    study = make_study(images=SMALL, privacy="none")
+    assert study_module.parse(report.study_toml(study)) == study
+    assert "epsilon" not in report.study_toml(study)
+    odd = make_study(images=SMALL, privacy={"unit": "none", "epsilon": 3.0})
+    assert study_module.parse(report.study_toml(odd)) == odd
 
 
 def test_keys_are_left_out_of_the_study_to_repeat() -> None:
