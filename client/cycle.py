@@ -208,7 +208,7 @@ class Hospital(Home):
             payload_sha256=digest,
             ledger_seq=history.seq,
             ledger_head=history.head,
-            generator_loss=min(float(arrays["generator_loss"]), MAX_LOSS),
+            generator_loss=max(-MAX_LOSS, min(float(arrays["generator_loss"]), MAX_LOSS)),
         )
         envelope = self._signed(header, payload)
         self._note(replace(noted, sealed=True))

@@ -148,12 +148,15 @@ def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Pat
     weights = weights or (kept if kept.exists() else None)
     initial = pretrained.check(study, weights)
     patients = load_declared(Path(policy.data), study, site, pseudonym_key=book.pseudonym_key, home=home)
-    sigma = 0.0
-    if study.is_private:
-        sigma = _open_in_ledger(home, study, policy, keys, book, patients)
+    # Without privacy nothing is opened in the ledger; a home has one all the same, which others see not to shrink.
+    terms = _terms(study, policy, book, patients) if study.is_private else None
+    with Ledger(home / "ledger.jsonl", site.name, signing=keys.signing, book=book.id) as ledger:
+        _enter(book, ledger, patients, policy.data_owner_key)
+        if terms:
+            _open_in_ledger(ledger, study, terms, book)
     _put_away(home, study)
     pretrained.keep(home, initial)
-    noise = {"study": study.hash, "noise_multiplier": sigma}
+    noise = {"study": study.hash, "noise_multiplier": terms.noise_multiplier if terms else 0.0}
     checkpoint.write_bytes(home / NOISE, json.dumps(noise).encode())
     agreement = Agreement(study).with_signature(site.name, sign(study, keys.signing))
     if not (home / "study.json").exists():  # joining again must not lose the others' signatures
@@ -161,33 +164,31 @@ def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Pat
     return agreement
 
 
-def _open_in_ledger(
-    home: Path, study: Study, policy: Policy, keys: HospitalKeys, book: BudgetBook, patients: PatientImages
-) -> float:
-    """Enter the study and its patients in the book and the ledger, under their locks. Returns sigma."""
+def _terms(study: Study, policy: Policy, book: BudgetBook, patients: PatientImages) -> Terms:
+    """What the study promises this hospital's patients; the noise is calibrated for it."""
     site, p = study.site(policy.site), study.privacy
     rate = study.sampling_rate(site)
-    sigma = calibrate_noise(epsilon=p.epsilon, delta=p.delta, sampling_rate=rate, steps=study.total_steps)
-    terms = Terms(
+    return Terms(
         delta=p.delta,
         ceiling=p.epsilon,
         total_ceiling=policy.max_epsilon,
-        noise_multiplier=sigma,
+        noise_multiplier=calibrate_noise(epsilon=p.epsilon, delta=p.delta, sampling_rate=rate, steps=study.total_steps),
         sampling_rate=rate,
         clip_norm=p.clip_norm,
         steps=study.total_steps,
         dataset=book.commitment(patients.pseudonyms),
         patients=site.patients,
     )
-    with Ledger(home / "ledger.jsonl", site.name, signing=keys.signing, book=book.id) as ledger:
-        _enter(book, ledger, patients, policy.data_owner_key)
-        _refuse_reopening(ledger, study, p.delta)  # before any study is closed for it
-        for earlier in ledger.history.studies:
-            if earlier != study.hash and not ledger.history.is_closed(earlier):
-                ledger.close_study(earlier)
-        ledger.open_study(study.hash, terms)
-        book.saw(ledger.history)
-    return sigma
+
+
+def _open_in_ledger(ledger: Ledger, study: Study, terms: Terms, book: BudgetBook) -> None:
+    """Open the study in the ledger, whose patients are in the book by now."""
+    _refuse_reopening(ledger, study, terms.delta)  # before any study is closed for it
+    for earlier in ledger.history.studies:
+        if earlier != study.hash and not ledger.history.is_closed(earlier):
+            ledger.close_study(earlier)
+    ledger.open_study(study.hash, terms)
+    book.saw(ledger.history)
 
 
 def _refuse_reopening(ledger: Ledger, study: Study, delta: float) -> None:

@@ -197,7 +197,7 @@ class Update(RoundOpen):
     payload_sha256: Hash
     ledger_seq: Annotated[int, Field(ge=1, le=10**9)]
     ledger_head: Hash
-    generator_loss: Annotated[float, Field(ge=0, le=MAX_LOSS)]
+    generator_loss: Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 
 
 class Certificate(RoundOpen):
