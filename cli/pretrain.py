@@ -40,7 +40,9 @@ def pretrain(
         raise RunError("RUN_PATH", "the file exists already", str(out), hint="choose another name")
     # Imports of seconds (torch), so that `fedmedgan --help` answers at once.
     from fedmedgan.client import checkpoint, pretraining
+    from fedmedgan.client.gans import recipe
 
+    recipe.load(study)
     where = _device(device)
     public, words = _public_images(study, data)
     console = Console(stderr=True, highlight=False)
