@@ -28,8 +28,9 @@ from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.recipe import Fakes, Records
 from fedmedgan.client.training import stabilisers
-from fedmedgan.client.training.private_step import PrivateStep
+from fedmedgan.client.training.private_step import Method, PrivateStep
 from fedmedgan.client.training.randomness import RandomSource, SystemRandom
+from fedmedgan.client.training.row_gradients import RowLosses
 from fedmedgan.client.training.witness import PROBE_ROWS, NoWitness, Witness
 from fedmedgan.shared.errors import DataError, ModelError
 from fedmedgan.shared.privacy.records import worst_checks
@@ -93,7 +94,7 @@ class _Side:
         *,
         noise_multiplier: float | None,
         fakes: int,
-        method: str,
+        method: Method,
         random: RandomSource,
         witness: NoWitness | None,
     ) -> None:
@@ -124,7 +125,7 @@ class _Side:
         """Context in which the network is used but not trained."""
         return self.step.frozen() if self.step is not None else _Unweighted(self.network)
 
-    def update(self, row_losses: stabilisers.RowLosses, inputs: tuple[Tensor, ...]) -> Tensor:
+    def update(self, row_losses: RowLosses, inputs: tuple[Tensor, ...]) -> Tensor:
         """One step on these rows, private where it has to be; returns their losses, which are NOT private."""
         if self.step is not None:
             return self.step.step(row_losses, inputs)
@@ -347,7 +348,7 @@ class LocalTrainer:
         return all(side.witness.rows_apart() for side in (self.d, self.g) if side.step is not None)
 
     def _show_probe(
-        self, side: _Side, row_losses: stabilisers.RowLosses, inputs: tuple[Tensor, ...], changed: tuple[Tensor, ...]
+        self, side: _Side, row_losses: RowLosses, inputs: tuple[Tensor, ...], changed: tuple[Tensor, ...]
     ) -> None:
         assert side.step is not None
         apart = all(torch.equal(a[1:], b[1:]) for a, b in zip(inputs, changed, strict=True))

@@ -13,7 +13,6 @@ moving average of the generator is taken over rounds (client/home.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +26,6 @@ SETTLED = 200
 """Generator steps at one rate before the next may be taken."""
 REMEMBERED = 1024
 """Fakes that are kept for replay."""
-
-
-class RowLosses(Protocol):
-    """``(network, *inputs) -> (views * rows,)``."""
-
-    def __call__(self, network: nn.Module, *inputs: Tensor) -> Tensor: ...
 
 
 class Turns:
