@@ -7,7 +7,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup simulate consortium test lint bench-secure-sum bench-round bench-audit bench-faults clean
+.PHONY: setup simulate consortium test lint bench-secure-sum bench-round bench-audit bench-faults bench-private-step clean
 
 setup: .venv/installed
 
@@ -44,6 +44,9 @@ bench-audit: setup
 
 bench-faults: setup
 	$(BIN)/python benchmarks/faults
+
+bench-private-step: setup
+	$(BIN)/python benchmarks/private_step.py
 
 clean:
 	rm -rf .venv build runs

@@ -29,7 +29,7 @@ class NoNoise:
 
     name = "none"
 
-    def normal(self, shape, std):
+    def normal(self, shape, std, device):
         return torch.zeros(shape, dtype=torch.float64)
 
 
@@ -165,6 +165,16 @@ def test_a_hostile_image_moves_the_sum_by_at_most_c_and_leaves_it_finite(method,
     with_it = clipped_sum(network, images, labels, is_real, method=method)
     assert with_it.isfinite().all()
     assert float((with_it - calm).norm()) <= C * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_record_that_is_not_a_number_counts_as_zero_where_gradients_share_memory(method):
+    """The losses' gradient is a single one, seen from all rows."""
+    network, (images, _, _) = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 1)), batch(4)
+    expected = one_by_one(network, images[1:], row_losses=lambda net, x: net(x).squeeze(1))
+    images[0] = float("nan")
+    found = clipped_sum(network, images, row_losses=lambda net, x: net(x).squeeze(1), method=method)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

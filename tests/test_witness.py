@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import secrets
 from itertools import product
 
 import numpy as np
@@ -151,27 +152,27 @@ def test_a_witness_is_never_stored():
 class Repeating(InsecureRandom):
     """The noise of every `period`-th step is the same: a seed that is set again."""
 
-    def __init__(self, period: int, layers: int = 8) -> None:
+    def __init__(self, period: int) -> None:
         super().__init__(0)
-        self.period, self.layers = period, layers
+        self.period = period
 
     def _key(self) -> bytes:
         call = self._draw
-        self._draw = call % (self.period * self.layers)
+        self._draw = call % self.period
         key = super()._key()
         self._draw = call + 1
         return key
 
 
 class SeededForEachLayer(SystemRandom):
-    """Another seed in every step, and set again for each of the eight layers."""
-
-    calls = 0
+    """Another seed in every step, and set again for each layer."""
 
     def normal(self, shape, std, device="cpu"):
-        generator = torch.Generator().manual_seed(self.calls // 8)
-        self.calls += 1
-        return std * torch.randn(shape, generator=generator, dtype=torch.float64)
+        seed = secrets.randbits(32)
+        sizes = [p.numel() for p in trainer().discriminator.parameters()]
+        generators = [torch.Generator().manual_seed(seed) for _ in sizes]
+        layers = [torch.randn(n, generator=g, dtype=torch.float64) for n, g in zip(sizes, generators, strict=True)]
+        return std * torch.cat(layers)
 
 
 class Shaped(SystemRandom):

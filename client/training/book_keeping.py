@@ -42,7 +42,7 @@ from fedmedgan.shared.errors import PrivacyError
 Sides = tuple[Tensor, Tensor, bool]
 """left (rows, T, L) and right (rows, T, R): a row's gradient is the sum over T positions of left x right. At the end,
 whether the weight's channels come last in it."""
-BLOCK = 1 / 8
+BLOCK = 1 / 32
 """Share of a chunk's bytes that the right side of a product may take; more is worked on block by block."""
 FEW_CHANNELS = 4
 
@@ -99,8 +99,8 @@ class Outer(WeightGradients):
         return left_NL[:, at_K // right_NR.shape[1]] * right_NR[:, at_K % right_NR.shape[1]]
 
     def forget(self, records_N: Tensor) -> None:
-        self.left_NL, self.right_NR = self.left_NL.clone(), self.right_NR.clone()  # may be parts of other tensors
-        self.left_NL[records_N] = self.right_NR[records_N] = 0
+        self.left_NL = self.left_NL.masked_fill(records_N[:, None], 0)
+        self.right_NR = self.right_NR.masked_fill(records_N[:, None], 0)
 
     def weighted_sum(self, weights_N: Tensor) -> Tensor:
         summed_LR = (self.left_NL * weights_N[:, None]).T @ self.right_NR
@@ -165,22 +165,25 @@ class BookKeeping(GradientMethod):
 
     def _gradients(self, layer: nn.Module, name: str, uses: list[Use], records: int) -> WeightGradients:
         """Of one weight of a layer, summed over uses and views."""
-        weight = getattr(layer, name)
+        weight = layer.get_parameter(name).detach()
         if not uses:
             return WrittenOut(weight.new_zeros(records, weight.numel()), weight.shape)
-        if name == "weight" and type(layer) in _SIDES:
-            return self._products(layer, uses, records, weight.shape)
-        rows = [use.came_back if name == "bias" else _normalised(layer, use.entered) * use.came_back for use in uses]
+        if name == "bias":
+            rows = [use.came_back for use in uses]
+        elif isinstance(layer, nn.GroupNorm | nn.InstanceNorm2d):
+            rows = [_normalised(layer, use.entered) * use.came_back for use in uses]
+        else:
+            return self._products(layer, uses, records, weight)
         summed = [fold_views(_over_positions(layer, r), records) for r in rows]
         return WrittenOut(summed[0] if len(summed) == 1 else torch.stack(summed).sum(0), weight.shape)
 
-    def _products(self, layer: nn.Module, uses: list[Use], records: int, shape: torch.Size) -> WeightGradients:
+    def _products(self, layer: nn.Module, uses: list[Use], records: int, weight: Tensor) -> WeightGradients:
         """Sum over positions, uses and views of left x right, a block of rows at a time."""
-        sides, right = _SIDES[type(layer)], shape[1:].numel()
+        sides, shape, right = _SIDES[type(layer)], weight.shape, weight[0].numel()
         if len(uses) == 1 and len(uses[0].entered) == records and uses[0].positions(layer) == 1:
             left_N1L, right_N1R, channels_last = sides(layer, uses[0])
             return Outer(left_N1L.squeeze(1), right_N1R.squeeze(1), shape, channels_last=channels_last)
-        total_NLR, channels_last = self._space(layer, records, shape), False
+        total_NLR, channels_last = self._space(layer, records, weight), False
         for use in uses:
             check_rows(len(use.entered), records)
             size = max(1, int(BLOCK * working_bytes(total_NLR.device)) // (4 * use.positions(layer) * right))
@@ -192,16 +195,16 @@ class BookKeeping(GradientMethod):
                     total_NLR[start:stop].baddbmm_(left_BTL.mT, right_BTR, beta=0 if is_first else 1)
         return WrittenOut(total_NLR.flatten(1), shape, channels_last=channels_last)
 
-    def _space(self, layer: nn.Module, records: int, shape: torch.Size) -> Tensor:
+    def _space(self, layer: nn.Module, records: int, weight: Tensor) -> Tensor:
         """(records, L, R) to write on. It is kept: asking the system for fresh pages costs more than the arithmetic."""
         if len(self._memory.get(layer, ())) < records:
-            self._memory[layer] = layer.weight.new_empty(records, shape[0], shape[1:].numel())
+            self._memory[layer] = weight.new_empty(records, len(weight), weight[0].numel())
         return self._memory[layer][:records]
 
 
 def supports(network: nn.Module, params: Sequence[nn.Parameter]) -> bool:
     """Whether each of `params` belongs to one layer of a known kind, and to nothing else."""
-    mine, owners = {id(p) for p in params}, Counter()
+    mine, owners = {id(p) for p in params}, Counter[int]()
     for layer in network.modules():
         names = {name for name, p in layer.named_parameters(recurse=False) if id(p) in mine}
         owners.update(id(p) for _, p in layer.named_parameters(recurse=False) if id(p) in mine)
@@ -270,16 +273,16 @@ def _patches(layer: nn.Conv2d | nn.ConvTranspose2d, image: Tensor, grid: torch.S
         (rows, T, C * kernel height * kernel width), and whether channels come last in it: then whole runs of memory are
         copied, which is two to seven times as fast (measured), unless there are hardly any channels.
     """
+    assert not isinstance(layer.padding, str)
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     rows, channels, height, width = image.shape
     if channels < FEW_CHANNELS:
         padded = functional.pad(image, (pw, pw, ph, ph))
-        along_row, along_channel, along_y, along_x = padded.stride()
-        shape, strides = (rows, channels, kh, kw, *grid), (along_row, along_channel, along_y * dh, along_x * dw)
-        seen = padded.as_strided(shape, (*strides, along_y * sh, along_x * sw))
+        row, channel, y, x = padded.stride()
+        seen = padded.as_strided((rows, channels, kh, kw, *grid), (row, channel, y * dh, x * dw, y * sh, x * sw))
         return seen.reshape(rows, channels * kh * kw, -1).mT, False
     padded = image.new_zeros(rows, height + 2 * ph, width + 2 * pw, channels)
     padded[:, ph : ph + height, pw : pw + width] = image.movedim(1, -1)
-    along_row, along_y, along_x, along_channel = padded.stride()
-    strides = (along_row, along_y * sh, along_x * sw, along_y * dh, along_x * dw, along_channel)
-    return padded.as_strided((rows, *grid, kh, kw, channels), strides).reshape(rows, -1, kh * kw * channels), True
+    row, y, x, channel = padded.stride()
+    seen = padded.as_strided((rows, *grid, kh, kw, channels), (row, y * sh, x * sw, y * dh, x * dw, channel))
+    return seen.reshape(rows, -1, kh * kw * channels), True

@@ -81,9 +81,10 @@ class _NoisyOptimizer(DPOptimizerFastGradientClipping):
         """Nothing: `clip_and_add` has summed, and what lies in ``p.grad`` is of no interest."""
 
     def add_noise(self) -> None:
-        for p in self.params:
-            noise = self.random.normal(p.summed_grad.shape, self.noise_std).to(p.device)
-            p.grad = round_to_grid(p.summed_grad.double() + noise).to(p.dtype).view_as(p)
+        sizes = [p.numel() for p in self.params]
+        noise_D = self.random.normal((sum(sizes),), self.noise_std, self.params[0].device)
+        for p, noise in zip(self.params, noise_D.split(sizes), strict=True):
+            p.grad = round_to_grid(p.summed_grad.double() + noise.view_as(p)).to(p.dtype)
 
     @staticmethod
     def _show(optimizer: _NoisyOptimizer) -> None:

@@ -31,7 +31,7 @@ from fedmedgan.shared.errors import ModelError, PrivacyError
 RowLosses = Callable[..., Tensor]
 """``(network, *inputs) -> (views * records,)``; of inputs, each (records, ...)."""
 WHOLE = slice(None)
-CACHE_BYTES = 32 << 20
+CACHE_BYTES = 64 << 20
 """What is worked on at a time on a CPU; measured: with more, and with less, a step takes longer."""
 DEVICE_BYTES = 1 << 30
 
@@ -101,7 +101,7 @@ class WrittenOut(WeightGradients):
         return stored_ND[:, at] if not self.channels_last else stored_ND[:, self._places(at).to(stored_ND.device)]
 
     def forget(self, records_N: Tensor) -> None:
-        self.stored_ND[records_N] = 0
+        self.stored_ND = self.stored_ND.masked_fill(records_N[:, None], 0)  # it may be part of another tensor
 
     def weighted_sum(self, weights_N: Tensor) -> Tensor:
         return self._as_weight(weights_N @ self.stored_ND).contiguous()
@@ -198,11 +198,12 @@ class Hooks(GradientMethod):
 
     @staticmethod
     def _part(p: nn.Parameter, records: int) -> WeightGradients:
-        if p.grad_sample is None and p.grad is not None:
+        written: Tensor | None = getattr(p, "grad_sample", None)
+        if written is None and p.grad is not None:
             raise PrivacyError("PRIVACY_MODEL", "a weight is used outside of its layer: its gradient has no rows")
-        if p.grad_sample is None:
+        if written is None:
             return WrittenOut(p.detach().new_zeros(records, p.numel()), p.shape)
-        return WrittenOut(fold_views(p.grad_sample.flatten(1), records), p.shape)
+        return WrittenOut(fold_views(written.flatten(1), records), p.shape)
 
     def _clear(self) -> None:
         for p in self.params:

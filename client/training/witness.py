@@ -205,7 +205,7 @@ class _Slices:
     def __init__(self, shapes: Sequence[torch.Size], clip_norm: float) -> None:
         starts = [secrets.randbelow(max(1, shape.numel() - SLICE + 1)) for shape in shapes]
         self.places = [slice(start, start + SLICE) for start in starts]
-        self.clip_norm, self.n_rows, self.norms_held = clip_norm, 0, True
+        self.clip_norm, self.chunks, self.n_rows, self.norms_held = clip_norm, 0, 0, True
         self.sum_K = self.sizes_K = np.zeros(1)
 
     def add(self, rows: RowGradients, norms_PN: Tensor) -> None:
@@ -218,7 +218,8 @@ class _Slices:
         self.sum_K = self.sum_K + factors_N @ rows_NK
         self.sizes_K = self.sizes_K + factors_N @ np.abs(rows_NK)
         self.n_rows += len(norm_N)
-        if len(norm_N):
+        self.chunks += 1
+        if len(norm_N) and secrets.randbelow(self.chunks) == 0:  # about one or two records of a step
             n = secrets.randbelow(len(norm_N))
             whole_1D = _float64([rows.values(i, records=slice(n, n + 1)) for i in range(len(rows.parts))], dim=1)
             self.norms_held &= not finite_N[n] or _same_norms(whole_1D, norm_N[n : n + 1])
