@@ -273,6 +273,8 @@ def check_rounds(case: Case, handed: Handed, broken: FedMedGanError | None) -> s
     if broken is not None:
         raise broken
     history, rounds = case.history, handed.rounds
+    if unpromised := sorted({one.study.name for one in rounds if not one.study.is_private}):
+        raise NotRun(f"{', '.join(unpromised)}: a study WITHOUT privacy, nothing is promised and nothing charged")
     elsewhere = {sent for sibling in _siblings(history, handed) for sent in _released(sibling)}
     certified = [
         (one, update) for one in rounds if (update := one.of(history.signing_key)) and _sent(update) not in elsewhere

@@ -675,6 +675,7 @@ def steps_per_round(study: dict) -> int:
 def check_rounds(bundle: Bundle) -> str:
     updates = bundle.own_updates()
     needs(updates, "certificates that list this hospital")
+    needs(bundle.agreed["privacy"]["unit"] != "none", "a study that promises privacy: this one does not")
     released = {(b["round"], b["attempt"], b["sha256"]) for b in bundle.ledger.of("release", bundle.study_hash)}
     needed = steps_per_round(bundle.agreed)
     for name, update in updates:

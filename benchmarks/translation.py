@@ -27,6 +27,7 @@ from fedmedgan.client.gans.parts.translation import UNet, degraded
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.distances import mmd_of_images
 from fedmedgan.client.release.similarity import psnr, ssim
+from fedmedgan.client.training.randomness import InsecureRandom
 from fedmedgan.shared.study import Study
 from fedmedgan.simulations import phantoms
 from fedmedgan.simulations.partitions import Partition, split
@@ -99,10 +100,10 @@ def by_hand(task: str, given: Tensor) -> Tensor:
 def plain_unet(study: Study, task: str, images: Tensor, seconds: float) -> nn.Module:
     """No discriminator, no privacy, all images in one place: what a network of this size can do in that time."""
     torch.manual_seed(0)
-    network, began = UNet(study.images, study.gan), time.perf_counter()
-    adam, random = torch.optim.Adam(network.parameters(), 1e-3), torch.Generator().manual_seed(0)
+    network, began, random = UNet(study.images, study.gan), time.perf_counter(), InsecureRandom(0)
+    adam = torch.optim.Adam(network.parameters(), 1e-3)
     while time.perf_counter() - began < seconds:
-        wanted = images[torch.randint(len(images), (64,), generator=random)]
+        wanted = images[random.integers(64, len(images))]
         adam.zero_grad()
         functional.l1_loss(network(degraded(task, wanted, random)), wanted).backward()
         adam.step()
@@ -113,7 +114,7 @@ def pix2pix(task: str, data: Set, settings: argparse.Namespace) -> list[Row]:
     parts = split(data.labels, SITES, Partition.parse("iid"), seed=1)
     sites = [data.of_patients(rows) for rows in parts]
     wanted = torch.from_numpy(data.test_images)
-    given = degraded(task, wanted, torch.Generator().manual_seed(0))
+    given = degraded(task, wanted, InsecureRandom(0))
     rows = [
         scored(task, "the input as it is", given, wanted, None, 0.0),
         scored(
@@ -121,7 +122,7 @@ def pix2pix(task: str, data: Set, settings: argparse.Namespace) -> list[Row]:
         ),
     ]
     phantom = phantoms_of(data.images.shape[-1])
-    blurred = degraded(task, phantom, torch.Generator().manual_seed(1))
+    blurred = degraded(task, phantom, InsecureRandom(1))
     shown = [("input", blurred), ("target", phantom)]
     for arm, used, epsilon in (
         ("federated, private", sites, EPSILON),

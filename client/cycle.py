@@ -84,6 +84,8 @@ class _Trained:
     """What the next round goes on from."""
     checks: dict[str, str]
     method: str
+    private_steps: int
+    """That were taken, counted one by one."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Hospital(Home):
         if self.agreement.missing():
             keep(self.home, agreement)
         self.agreement = agreement
-        self.policy.grant_model(self.plan.n_values)
+        self.policy.grant_model(sum(p.numel() for network in self.networks for p in network.parameters()))
         anchors.check_own(self._ledger_history(), self.site.name, roll.anchors, self.study)
         return self._present()
 
@@ -285,6 +287,10 @@ class Hospital(Home):
             trained = self._train_networks(PatientSampler(patients, rate, random), random)
             seconds = time.perf_counter() - began
             proof_of_round: dict[str, Any] = {"noise_source": random.name, "checks": trained.checks, "code": code}
+            if trained.private_steps > steps:
+                reservation.charge(steps, **proof_of_round)
+                what = f"{trained.private_steps} private steps were taken, {steps} were reserved"
+                raise PrivacyError("PRIVACY_PROOF", what, f"round {round}")
             if failed := failed_checks(trained.checks):  # nothing that was trained is kept, not even Adam's states
                 reservation.charge(steps, **proof_of_round)
                 raise PrivacyError("PRIVACY_PROOF", f"failed: {', '.join(failed)}", f"round {round}")
@@ -335,7 +341,7 @@ class Hospital(Home):
 
     def _store_update(self, round: int, trained: _Trained) -> float:
         """Adam's states, then the update: quantised, as it will be sent. Returns the seconds that quantising took."""
-        checkpoint.write(self.home / ADAM_STATES, trained.states)
+        checkpoint.write(self.home / ADAM_STATES, trained.states, study=self.study.hash, round=round)
         began = time.perf_counter()
         quantized = self.plan.quantize(trained.update_P, self._rounding(round))
         took = time.perf_counter() - began
@@ -361,7 +367,9 @@ class Hospital(Home):
     def _train_networks(self, sampler: PatientSampler, random: RandomSource, *, private: bool = True) -> _Trained:
         """One round of local training from the shared model, with Adam states of the round before."""
         path = self.home / ADAM_STATES
-        earlier = checkpoint.read(path)[0] if path.exists() else {}
+        earlier, notes = checkpoint.read(path) if path.exists() else ({}, {})
+        if earlier and notes.get("study") != self.study.hash:
+            raise ModelError("MODEL_MISMATCH", "the states belong to another study", path.name)
         if kept := {n.removeprefix(KEPT): a for n, a in part(earlier, KEPT).items()}:
             checkpoint.load_networks({**self.model.weights, **kept}, *self.networks)
         trainer = LocalTrainer(
@@ -376,7 +384,8 @@ class Hospital(Home):
         if earlier:
             states = {n.removeprefix(ADAM): a for n, a in part(earlier, ADAM).items()}
             checkpoint.load_optimizers(states, **trainer.adams)
-            trainer.turns.load(earlier[TURNS].tolist())
+            if trainer.turns.adaptive:
+                trainer.turns.load(earlier[TURNS].tolist())
         losses = trainer.train(self.study.training.local_steps)
         trainer.close()
         weights = checkpoint.network_arrays(*self.networks)
@@ -384,7 +393,7 @@ class Hospital(Home):
         states[TURNS] = np.array(trainer.turns.state())
         states |= {KEPT + n: a for n, a in weights.items() if n not in self.model.weights}
         update_P = checkpoint.flatten(shared_part(self.study, weights)) - checkpoint.flatten(self.model.weights)
-        return _Trained(losses, update_P, states, trainer.checks, trainer.method)
+        return _Trained(losses, update_P, states, trainer.checks, trainer.method, trainer.private_steps)
 
     def _remember_attempt(self, opened: RoundOpen) -> _Attempt:
         """An attempt is sealed for one cohort only, and a later one only for a smaller cohort.

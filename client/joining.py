@@ -31,6 +31,8 @@ CERTIFICATES = "certificates"
 ROTATION_ALLOWED = "rotation-allowed.json"
 REJECTED = "rejected.json"
 NOISE = "noise.json"
+WITHOUT_PRIVACY = "without-privacy"
+"""Names the study that was trained in this home without privacy; stays for good."""
 SIGN_AGAIN = "sign the study again, which writes it: `fedmedgan study sign`"
 REQUEST = "override-request.json"
 """What the data owner would have to allow, where another ledger has touched the same patients."""
@@ -151,9 +153,12 @@ def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Pat
     # Without privacy nothing is opened in the ledger; a home has one all the same, which others see not to shrink.
     terms = _terms(study, policy, book, patients) if study.is_private else None
     with Ledger(home / "ledger.jsonl", site.name, signing=keys.signing, book=book.id) as ledger:
+        _refuse_broken_promise(home, study, ledger, book, patients)
         _enter(book, ledger, patients, policy.data_owner_key)
         if terms:
             _open_in_ledger(ledger, study, terms, book)
+        else:
+            checkpoint.write_bytes(home / WITHOUT_PRIVACY, study.hash.encode())
     _put_away(home, study)
     pretrained.keep(home, initial)
     noise = {"study": study.hash, "noise_multiplier": terms.noise_multiplier if terms else 0.0}
@@ -162,6 +167,23 @@ def join(home: Path, study: Study, passphrase: bytes | None = None, weights: Pat
     if not (home / "study.json").exists():  # joining again must not lose the others' signatures
         keep(home, agreement)
     return agreement
+
+
+def _refuse_broken_promise(home: Path, study: Study, ledger: Ledger, book: BudgetBook, patients: PatientImages) -> None:
+    """Patients who were promised privacy are in no study without it, and the other way round.
+
+    Raises:
+        PrivacyError: PRIVACY_NONE.
+    """
+    if study.is_private and (home / WITHOUT_PRIVACY).exists():
+        what = "a study without privacy was trained in this home: nothing can be promised to its patients any more"
+        raise PrivacyError("PRIVACY_NONE", what, WITHOUT_PRIVACY, hint="make a home for public images alone")
+    promised = ledger.history.studies or book.others(ledger.history.ledger_id, patients.pseudonyms)
+    if not study.is_private and promised:
+        what = "these patients were promised privacy, and the study gives none"
+        raise PrivacyError(
+            "PRIVACY_NONE", what, study.name, hint="use a home and a budget book for public images alone"
+        )
 
 
 def _terms(study: Study, policy: Policy, book: BudgetBook, patients: PatientImages) -> Terms:

@@ -63,8 +63,8 @@ class SharedModel:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the shared weights: compared among hospitals after each round."""
-        return checkpoint.content_hash(self.weights)
+        """SHA-256 of weights, outer optimiser and average: compared among hospitals after each round."""
+        return checkpoint.content_hash(self.arrays())
 
     @property
     def size(self) -> int:

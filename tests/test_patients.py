@@ -149,10 +149,10 @@ def test_rules(tmp_path, in_process):
 
 
 def test_copies_are_used_once(tmp_path, in_process):
-    write(tmp_path, "1.dcm", seed=1)
-    write(tmp_path, "2.dcm", seed=2, SOPInstanceUID="1.2.826.0.1.2")  # the instance of seed 1
-    write(tmp_path, "3.dcm", seed=3, PixelData=make(seed=1).PixelData, PatientID="other")
-    write(tmp_path, "4.dcm", seed=4)
+    write(tmp_path, "1.dcm", seed=1, PatientID="one")
+    write(tmp_path, "2.dcm", seed=2, SOPInstanceUID="1.2.826.0.1.2", PatientID="one")  # the instance of seed 1
+    write(tmp_path, "3.dcm", seed=3, PixelData=make(seed=1).PixelData, PatientID="one")
+    write(tmp_path, "4.dcm", seed=4, PatientID="one")
     report = check_folder(tmp_path, ONE)
     assert codes(report) == {
         "1.dcm": "",
@@ -160,7 +160,20 @@ def test_copies_are_used_once(tmp_path, in_process):
         "3.dcm": "DATA_DUPLICATE",
         "4.dcm": "",
     }
-    assert report.patients == 2
+    assert report.patients == 1
+
+
+def test_nobody_decides_whether_another_patients_images_are_used(tmp_path, in_process):
+    """Else one patient more, with copies of everybody's images, would take all others out: add/remove would not hold."""
+    for number in range(3):
+        write(tmp_path, f"b{number}.dcm", seed=number, PatientID=f"patient {number}")
+    alone = check_folder(tmp_path, ONE)
+    for number in range(3):
+        copied = make(seed=number).PixelData
+        write(tmp_path, f"a{number}.dcm", seed=10 + number, PixelData=copied, PatientID="of copies")
+    together = check_folder(tmp_path, ONE)
+    assert (alone.patients, together.patients) == (3, 4)
+    assert {path: code for path, code in codes(together).items() if path.startswith("b")} == codes(alone)
 
 
 def test_a_copy_of_a_file_that_is_not_used_is_used(tmp_path, in_process):

@@ -171,7 +171,7 @@ def test_label_smoothing_reaches_rows_of_patients_alone():
     study = study_of("cdcgan", training={"real_label": 0.8})
     one = trainer_of(study, noise_multiplier=None)
     batch = one.sampler.draw()
-    inputs = one.recipe.discriminator_inputs(one.generator, batch.records, one._new_fakes(), one.row_random)
+    inputs = one.recipe.discriminator_inputs(one.generator, batch.records, one._new_fakes(), one.random)
     n = len(batch.records.labels_R)
     assert torch.equal(inputs[2][:n], torch.full((n,), 0.8))
     assert not inputs[2][n:].any()

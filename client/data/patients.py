@@ -191,7 +191,7 @@ def _collect(
     named = frozenset(target_of.values())
     examined = _examine(entries, named, rules, key, limits, workers or default_workers(), progress)
     targets = {entry.name: result for entry, result in zip(entries, examined, strict=True) if entry.name in named}
-    pixels_of_targets = {target.pixel_sha256 for target in targets.values()} - {""}
+    pixels_of_targets = {(target.patient, target.pixel_sha256) for target in targets.values() if target.pixel_sha256}
     paths = {entry.name: entry.path for entry in entries}
     decided: list[Examined] = []
     used: dict[str, UsedFile] = {}
@@ -200,7 +200,7 @@ def _collect(
     labels_N: list[int] = []
     patient_N: list[int] = []
     patients: dict[str, int] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()  # of each patient by itself: nobody decides whether another's images are used
     for entry, result in zip(entries, examined, strict=True):
         if not result.code and entry.name not in named:
             label, reason = label_table.label_of(entry.name, labels, rules.classes)
@@ -209,14 +209,14 @@ def _collect(
                 found, partner, no_pair = pair(result, target_of.get(entry.name), targets)
             if label is None:
                 result = replace(result, code="DATA_LABEL", reason=reason)
-            elif seen & {result.instance or result.pixel_sha256, result.pixel_sha256}:
+            elif seen & {(result.patient, mark) for mark in (result.instance, result.pixel_sha256) if mark}:
                 result = replace(result, code="DATA_DUPLICATE", reason="a copy of a file before it")
-            elif result.pixel_sha256 in pixels_of_targets:
+            elif (result.patient, result.pixel_sha256) in pixels_of_targets:
                 result = replace(result, code="DATA_DUPLICATE", reason="a copy of a target")
             elif found is None:
                 result = replace(result, code="DATA_TARGET", reason=no_pair)
             else:
-                seen |= {result.instance, result.pixel_sha256} - {""}
+                seen |= {(result.patient, mark) for mark in (result.instance, result.pixel_sha256) if mark}
                 number = patients.setdefault(result.patient, len(patients))
                 target = paths[target_of[entry.name]] if rules.paired else ""
                 used[entry.name] = UsedFile(entry.path, number, label, target)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedmedgan.client.gans.parts.translation import PatchDiscriminator, Translation, UNet, adversarial
 from fedmedgan.client.gans.recipe import Fakes, Records
+from fedmedgan.client.training.randomness import RandomSource
 from fedmedgan.shared.errors import StudyError
 from fedmedgan.shared.study import Study
 
@@ -53,7 +54,7 @@ class CycleGAN(Translation):
         generators = [UNet(self.images, self.gan) for _ in range(2)]
         return TwoDomains(*generators), TwoDomains(*(PatchDiscriminator(1, self.gan) for _ in range(2)))
 
-    def generator_inputs(self, records: Records, random: torch.Generator) -> tuple[Tensor, ...]:
+    def generator_inputs(self, records: Records, random: RandomSource) -> tuple[Tensor, ...]:
         return records.images_R1SS, records.labels_R
 
     def generator_losses(self, generator: nn.Module, discriminator: nn.Module, *inputs: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class CycleGAN(Translation):
         return adversarial(discriminator(made, other), real=True) + CYCLE * cycle + IDENTITY * identity
 
     def discriminator_inputs(
-        self, generator: nn.Module, records: Records, fakes: Fakes, random: torch.Generator
+        self, generator: nn.Module, records: Records, fakes: Fakes, random: RandomSource
     ) -> tuple[Tensor, ...]:
         images, own = records.images_R1SS, records.labels_R
         with torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedmedgan.client.gans.parts.translation import PatchDiscriminator, Translation, UNet, adversarial, degraded
 from fedmedgan.client.gans.recipe import Fakes, Records
+from fedmedgan.client.training.randomness import InsecureRandom, RandomSource
 from fedmedgan.shared.errors import StudyError
 from fedmedgan.shared.study import Study
 
@@ -41,13 +42,13 @@ class Pix2Pix(Translation):
     def build(self) -> tuple[nn.Module, nn.Module]:
         return UNet(self.images, self.gan), PatchDiscriminator(2, self.gan)
 
-    def input_and_output(self, records: Records, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def input_and_output(self, records: Records, random: RandomSource) -> tuple[Tensor, Tensor]:
         """What the generator gets, and what it is to make of it."""
         if self.images.paired:
             return records.images_R1SS, records.targets_R1SS
         return degraded(self.gan.task, records.images_R1SS, random), records.images_R1SS
 
-    def generator_inputs(self, records: Records, random: torch.Generator) -> tuple[Tensor, ...]:
+    def generator_inputs(self, records: Records, random: RandomSource) -> tuple[Tensor, ...]:
         return self.input_and_output(records, random)
 
     def generator_losses(self, generator: nn.Module, discriminator: nn.Module, *inputs: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class Pix2Pix(Translation):
         return adversarial(discriminator(torch.cat([given, made], dim=1)), real=True) + NEAR * near
 
     def discriminator_inputs(
-        self, generator: nn.Module, records: Records, fakes: Fakes, random: torch.Generator
+        self, generator: nn.Module, records: Records, fakes: Fakes, random: RandomSource
     ) -> tuple[Tensor, ...]:
         given, wanted = self.input_and_output(records, random)
         with torch.no_grad():
@@ -74,7 +75,7 @@ class Pix2Pix(Translation):
     def samples(self, generator: nn.Module, rows: int, columns: int, seed: int) -> Tensor:
         """Rows of inputs and, below each, of outputs."""
         records = self.public_records(columns, seed)
-        given, _ = self.input_and_output(records, torch.Generator().manual_seed(seed))
+        given, _ = self.input_and_output(records, InsecureRandom(seed))
         both = [given, generator(given)]
         return torch.cat([both[row % 2] for row in range(max(rows, 2))])
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedmedgan.client.training.randomness import RandomSource
 from fedmedgan.shared.errors import StudyError
-from fedmedgan.shared.study import Study
+from fedmedgan.shared.study import Study, Training
 
 SHIFT = 2
 """Pixels by which a view may be shifted, each way."""
@@ -68,6 +69,8 @@ class Recipe:
     """Values of gan.task that this recipe knows."""
     conditional: ClassVar[bool] = True
     """Whether the label is an input; if not, the study must have one class."""
+    ignores: ClassVar[tuple[str, ...]] = ()
+    """Settings of the training section that this recipe has no use for: a study that sets them is refused."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.images, self.gan = study, study.images, study.gan
@@ -78,6 +81,17 @@ class Recipe:
         if self.gan.task not in self.tasks:
             known = ", ".join(f'"{task}"' for task in self.tasks)
             raise StudyError("CONFIG_RANGE", f"{name} knows the tasks {known}", "gan.task", hint="choose one of them")
+        if study.is_private and not self.fake_rows and self.gan.generator_norm == "batch":
+            what = "each generated image is part of a patient's record, and the generator would mix them"
+            raise StudyError(
+                "PRIVACY_MODEL", what, "gan.generator_norm", hint='choose another, or set privacy = "none"'
+            )
+        ignored = [
+            name for name in self.ignores if getattr(study.training, name) != Training.model_fields[name].default
+        ]
+        if ignored:
+            what = f"{name} has no use for it"
+            raise StudyError("CONFIG_RANGE", what, f"training.{ignored[0]}", hint="leave it out of the study")
         if not self.conditional and len(self.images.classes) > 1:
             what = f"{name} makes images without a label, and there are {len(self.images.classes)} classes"
             raise StudyError("CONFIG_RANGE", what, "images.classes", hint="give one class, or take cdcgan")
@@ -89,9 +103,13 @@ class Recipe:
         raise NotImplementedError
 
     def discriminator_inputs(
-        self, generator: nn.Module, records: Records, fakes: Fakes, random: torch.Generator
+        self, generator: nn.Module, records: Records, fakes: Fakes, random: RandomSource
     ) -> tuple[Tensor, ...]:
-        """Tensors with one row for each record, then, with `fake_rows`, one for each fake. No gradient is needed."""
+        """Tensors with one row for each record, then, with `fake_rows`, one for each fake. No gradient is needed.
+
+        Args:
+            random: secret, for what is drawn for each record; `fakes` hold the public draws.
+        """
         raise NotImplementedError
 
     def discriminator_losses(self, discriminator: nn.Module, *inputs: Tensor) -> Tensor:
@@ -102,7 +120,7 @@ class Recipe:
         """A scalar of generated images only, where the generator is not private."""
         raise NotImplementedError
 
-    def generator_inputs(self, records: Records, random: torch.Generator) -> tuple[Tensor, ...]:
+    def generator_inputs(self, records: Records, random: RandomSource) -> tuple[Tensor, ...]:
         """Tensors with one row for each record, where the generator is private."""
         raise NotImplementedError
 
@@ -146,7 +164,7 @@ class Synthesis(Recipe):
         return functional.softplus(-answers).mean()
 
     def discriminator_inputs(
-        self, generator: nn.Module, records: Records, fakes: Fakes, random: torch.Generator
+        self, generator: nn.Module, records: Records, fakes: Fakes, random: RandomSource
     ) -> tuple[Tensor, ...]:
         with torch.no_grad():
             made = generator(*fakes)

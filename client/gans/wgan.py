@@ -20,6 +20,8 @@ CLIP = 0.05
 class WGAN(Synthesis):
     """Critic: mean of fakes minus mean of reals."""
 
+    ignores = ("real_label",)
+
     def build(self) -> tuple[Generator, Discriminator]:
         return Generator(self.images, self.gan), Discriminator(self.images, self.gan)
 

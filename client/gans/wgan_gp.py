@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedmedgan.client.gans.cdcgan import Discriminator, Generator
 from fedmedgan.client.gans.recipe import Fakes, Records, Synthesis
+from fedmedgan.client.training.randomness import RandomSource
 
 PENALTY = 10.0
 
@@ -21,16 +22,17 @@ class WGANGP(Synthesis):
 
     fake_rows = False
     method = "functional"
+    ignores = ("views", "real_label", "replay")
 
     def build(self) -> tuple[Generator, Discriminator]:
         return Generator(self.images, self.gan), Discriminator(self.images, self.gan)
 
     def discriminator_inputs(
-        self, generator: nn.Module, records: Records, fakes: Fakes, random: torch.Generator
+        self, generator: nn.Module, records: Records, fakes: Fakes, random: RandomSource
     ) -> tuple[Tensor, ...]:
         real, labels = records.images_R1SS, records.labels_R
-        latent = torch.randn(len(labels), self.gan.latent, generator=random).to(real)
-        between = torch.rand(len(labels), generator=random).to(real)
+        latent = random.normal((len(labels), self.gan.latent), 1.0).to(real)
+        between = random.uniform(len(labels)).to(real)
         with torch.no_grad():
             made = generator(latent, labels) if len(labels) else real
         return real, made, labels, between

@@ -10,12 +10,14 @@ import torch
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe as recipes
+from fedmedgan.client.training import mixing
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import SystemRandom
 from fedmedgan.shared.errors import PrivacyError
 from fedmedgan.shared.study import Study
 
 PROBE_STEPS = 4
+TRIED_STEPS = 3
 
 
 def parameters(study: Study) -> int:
@@ -39,11 +41,17 @@ def refuse_mixing(study: Study) -> None:
     if not study.is_private:
         return
     trainer = _trainer(study)
-    trainer.probe()
+    try:
+        found = mixing.Trial(trainer).found()
+        if not found:
+            trainer.train(TRIED_STEPS)  # what a recipe remembers from step to step shows afterwards
+            found = mixing.Trial(trainer, seed=2).found()
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        found = f"it cannot be tried: {type(error).__name__}"
     trainer.close()
-    if not trainer.rows_apart():
-        what = "in a step, what comes of one record depends on other records, so no patient's part can be bounded"
+    if found:
         hint = 'take another recipe or other layers, or set privacy = "none" for public images'
+        what = f"patients would be mixed: {found}"
         raise PrivacyError("PRIVACY_MODEL", what, f"gan.recipe: {study.gan.recipe}", hint=hint)
 
 

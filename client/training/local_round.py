@@ -28,8 +28,8 @@ from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.recipe import Fakes, Records
 from fedmedgan.client.training import stabilisers
-from fedmedgan.client.training.private_step import Method, PrivateStep
-from fedmedgan.client.training.randomness import RandomSource, SystemRandom
+from fedmedgan.client.training.private_step import Method, PrivateStep, refuse_hidden_state, refuse_unsafe
+from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
 from fedmedgan.client.training.row_gradients import RowLosses
 from fedmedgan.client.training.witness import PROBE_ROWS, NoWitness, Witness
 from fedmedgan.shared.errors import DataError, ModelError
@@ -82,7 +82,7 @@ class PatientSampler:
         return Batch(Records(images, self.labels[rows], targets), drawn)
 
 
-class _Side:
+class Side:
     """One network with its optimiser and, where it sees patients, its private step and the witness of that."""
 
     def __init__(
@@ -176,12 +176,17 @@ class LocalTrainer:
         if study.images.paired and sampler.targets is sampler.images:
             raise DataError("DATA_LABEL", "the study needs target images, and the data has none", "images.paired")
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
+        if noise_multiplier is not None:
+            for network in (generator, discriminator):
+                refuse_hidden_state(network)
+            if not self.recipe.fake_rows:
+                refuse_unsafe(generator)  # what it makes is part of a patient's record
         seed = int(random.uniform(1) * 2**31)  # what fakes are made of is public: any stream will do
         self.fakes = torch.Generator().manual_seed(seed)
-        self.row_random = torch.Generator().manual_seed(seed + 1)
-        """Draws for each record, whose number is private: a stream of its own."""
+        self.random = random
+        """Secret: sampling, and what is drawn for each record, whose number is private."""
         both = self.recipe.private == "both"
-        self.d = _Side(
+        self.d = Side(
             discriminator,
             t.discriminator_lr,
             study,
@@ -192,7 +197,7 @@ class LocalTrainer:
             random=random,
             witness=witness,
         )
-        self.g = _Side(
+        self.g = Side(
             generator,
             t.generator_lr,
             study,
@@ -235,6 +240,7 @@ class LocalTrainer:
             self.steps_done += 1
             if self.turns.due(self.steps_done):
                 generator_losses.append(self._private_generator_step() if private_generator else self._generator_step())
+        self.probe()  # again: what a recipe remembers of its steps would show now
         weights = [*self.generator.parameters(), *self.discriminator.parameters()]
         if not all(w.isfinite().all() for w in weights):
             raise ModelError("MODEL_NOT_FINITE", "a weight is NaN or infinite after local training")
@@ -257,7 +263,7 @@ class LocalTrainer:
 
     # ---- steps
 
-    def _draw(self, side: _Side) -> Records:
+    def _draw(self, side: Side) -> Records:
         batch = self.sampler.draw()
         side.witness.saw_draw(batch.patients_B)
         return batch.records.to(self.device)
@@ -265,7 +271,7 @@ class LocalTrainer:
     def _discriminator_step(self) -> float:
         records, fakes = self._draw(self.d), self._new_fakes()
         with self.g.frozen() as generator:
-            inputs = self.recipe.discriminator_inputs(generator, records, fakes, self.row_random)
+            inputs = self.recipe.discriminator_inputs(generator, records, fakes, self.random)
         if self.recipe.fake_rows:
             inputs = self.replay.mixed(inputs, n_real=len(records.labels_R))
         losses = self.d.update(self.recipe.discriminator_losses, inputs)
@@ -300,7 +306,7 @@ class LocalTrainer:
 
     def _private_generator_step(self) -> float:
         records = self._draw(self.g)
-        inputs = self.recipe.generator_inputs(records, self.row_random)
+        inputs = self.recipe.generator_inputs(records, self.random)
         with self.d.frozen() as discriminator:
 
             def row_losses(generator: nn.Module, *rows: Tensor) -> Tensor:
@@ -317,7 +323,7 @@ class LocalTrainer:
     # ---- the probe
 
     def probe(self) -> None:
-        """Before the first patient of a round: do rows of the recipe leave each other alone?
+        """Before the first patient of a round and after the last: do rows of the recipe leave each other alone?
 
         Random records of no patient, from randomness of their own. What is made of all but the first may not change
         when the first does: neither the inputs (compared here), nor losses and gradients (shown to the witness).
@@ -329,13 +335,13 @@ class LocalTrainer:
         with self.g.frozen() as generator:
 
             def made_of(records: Records) -> tuple[Tensor, ...]:
-                fixed = torch.Generator().manual_seed(1)
-                return self.recipe.discriminator_inputs(generator, records, self._new_fakes(2, fixed), fixed)
+                fakes = self._new_fakes(2, torch.Generator().manual_seed(1))
+                return self.recipe.discriminator_inputs(generator, records, fakes, InsecureRandom(1))
 
             inputs, changed = made_of(some), made_of(other)
         self._show_probe(self.d, self.recipe.discriminator_losses, inputs, changed)
         if self.g.step is not None:
-            pair = [self.recipe.generator_inputs(r, torch.Generator().manual_seed(1)) for r in (some, other)]
+            pair = [self.recipe.generator_inputs(r, InsecureRandom(1)) for r in (some, other)]
             with self.d.frozen() as discriminator:
 
                 def row_losses(generator: nn.Module, *rows: Tensor) -> Tensor:
@@ -343,12 +349,13 @@ class LocalTrainer:
 
                 self._show_probe(self.g, row_losses, *pair)
 
-    def rows_apart(self) -> bool:
-        """Whether the probes that were shown found records that leave each other alone."""
-        return all(side.witness.rows_apart() for side in (self.d, self.g) if side.step is not None)
+    @property
+    def private_steps(self) -> int:
+        """Private steps that were taken, of both networks: what has to be paid for."""
+        return sum(side.step.taken for side in (self.d, self.g) if side.step is not None)
 
     def _show_probe(
-        self, side: _Side, row_losses: RowLosses, inputs: tuple[Tensor, ...], changed: tuple[Tensor, ...]
+        self, side: Side, row_losses: RowLosses, inputs: tuple[Tensor, ...], changed: tuple[Tensor, ...]
     ) -> None:
         assert side.step is not None
         apart = all(torch.equal(a[1:], b[1:]) for a, b in zip(inputs, changed, strict=True))

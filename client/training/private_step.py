@@ -110,6 +110,7 @@ class PrivateStep:
 
     Attributes:
         method: what was chosen.
+        taken: steps so far, each of which has to be paid for.
 
     Raises:
         PrivacyError: PRIVACY_MODEL, the network mixes rows or cannot be differentiated row by row.
@@ -145,6 +146,7 @@ class PrivateStep:
             raise PrivacyError("PRIVACY_MODEL", "a layer is not known to book-keeping", type(network).__name__)
         self.method: str = ("book-keeping" if book_keeping else "hooks") if method == "auto" else method
         self._gradients = METHODS[self.method](network, params)
+        self.taken = 0
 
     def step(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> Tensor:
         """One step. Returns the losses, detached; they are NOT private.
@@ -160,6 +162,7 @@ class PrivateStep:
             ModelError: MODEL_MISMATCH, the losses are not one for each row.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.taken += 1
         losses = []
         for chunk in self._chunks(inputs):
             rows = self._gradients.backward(row_losses, chunk)
@@ -175,6 +178,11 @@ class PrivateStep:
         values = sum(p.numel() for p in params) + ACTIVATIONS * sum(x.shape[1:].numel() for x in inputs)
         chunks = math.ceil(records * 4 * values / working_bytes(params[0].device))
         return zip(*(x.tensor_split(max(1, min(chunks, records))) for x in inputs), strict=True)
+
+    def gradients_of(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> RowGradients:
+        """The gradient of each record, neither clipped nor noised: for records of nobody. Nothing is trained."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._gradients.backward(row_losses, inputs)
 
     def probe(self, row_losses: RowLosses, inputs: Sequence[Tensor]) -> None:
         """Show the witness what records do to each other and that they are clipped. Nothing is trained.
@@ -219,6 +227,18 @@ class PrivateStep:
     def close(self) -> None:
         """Give back memory."""
         self._gradients.close()
+
+
+def refuse_hidden_state(network: nn.Module) -> None:
+    """Refuse what would be shared without noise: buffers, and weights that no private step changes.
+
+    Raises:
+        PrivacyError: PRIVACY_MODEL.
+    """
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    if hidden := sorted(set(network.state_dict()) - trained):
+        what = f"{hidden[0]} is part of the model, and no private step trains it: it could hold a patient"
+        raise PrivacyError("PRIVACY_MODEL", what, type(network).__name__)
 
 
 def refuse_unsafe(network: nn.Module) -> None:

@@ -82,10 +82,6 @@ class NoWitness:
     def saw_mixed_inputs(self) -> None:
         """What a recipe made of one record, before any network, changed with another record."""
 
-    def rows_apart(self) -> bool:
-        """Whether no probe that was shown found records that depend on each other."""
-        return True
-
     def verdicts(self) -> dict[str, str]:
         """The answer to each of CHECKS."""
         return dict.fromkeys(CHECKS, "not-run")
@@ -181,9 +177,6 @@ class Witness(NoWitness):
 
     def saw_mixed_inputs(self) -> None:
         self._rows_apart = False
-
-    def rows_apart(self) -> bool:
-        return self._rows_apart is not False and self._clipping_held
 
     def verdicts(self) -> dict[str, str]:
         if self._draws == self._steps == 0:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fedmedgan.client.gans.parts.layers import norm
 from fedmedgan.client.gans.recipe import Fakes, Recipe, Records
+from fedmedgan.client.training.randomness import InsecureRandom, RandomSource
 from fedmedgan.shared.study import Gan, Images
 
 COARSEST = 7
@@ -84,6 +85,7 @@ class Translation(Recipe):
 
     private = "both"
     fake_rows = False
+    ignores = ("views", "real_label")
 
     def public_images(self, count: int, seed: int) -> Tensor:
         """(count, 1, S, S): drawn ellipses, for pictures and losses that read no patient."""
@@ -109,11 +111,11 @@ class Translation(Recipe):
     def public_loss(self, generator: nn.Module, discriminator: nn.Module, fakes: Fakes) -> Tensor:
         device = next(generator.parameters()).device
         records = self.public_records(8, self.gan.init_seed).to(device)
-        inputs = self.generator_inputs(records, torch.Generator().manual_seed(self.gan.init_seed))
+        inputs = self.generator_inputs(records, InsecureRandom(self.gan.init_seed))
         return self.generator_losses(generator, discriminator, *inputs).mean()
 
 
-def degraded(task: str, images_N1SS: Tensor, random: torch.Generator) -> Tensor:
+def degraded(task: str, images_N1SS: Tensor, random: RandomSource) -> Tensor:
     """What the generator gets, made from the image that it is to give back. Each row of itself alone.
 
     ====================  ================================================================================
@@ -125,14 +127,14 @@ def degraded(task: str, images_N1SS: Tensor, random: torch.Generator) -> Tensor:
     ====================  ================================================================================
     """
     if task == "denoise":
-        noise = torch.randn(images_N1SS.shape, generator=random).to(images_N1SS)
+        noise = random.normal(images_N1SS.shape, 1.0).to(images_N1SS)
         return (images_N1SS + LOW_DOSE_NOISE * (0.1 + 0.9 * (images_N1SS + 1) / 2).sqrt() * noise).clamp(-1, 1)
     if task.startswith("super-resolution"):
         factor = int(task[-1])
         small = functional.avg_pool2d(images_N1SS, factor)
         return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     lines = images_N1SS.shape[-1]
-    chance = torch.rand(len(images_N1SS), 1, lines, 1, generator=random)
+    chance = random.uniform(len(images_N1SS) * lines).view(-1, 1, lines, 1)
     middle = (torch.arange(lines) - lines // 2).abs() <= lines // 20
     kept = ((chance < KEPT_LINES) | middle[:, None]).to(images_N1SS.device)
     k_space = torch.fft.fftshift(torch.fft.fft2((images_N1SS + 1) / 2), dim=(-2, -1))
