@@ -164,7 +164,7 @@ def test_copies_are_used_once(tmp_path, in_process):
 
 
 def test_nobody_decides_whether_another_patients_images_are_used(tmp_path, in_process):
-    """Else one patient more, with copies of everybody's images, would take all others out: add/remove would not hold."""
+    """Else one patient more, with copies of all images, would take all others out: add/remove would not hold."""
     for number in range(3):
         write(tmp_path, f"b{number}.dcm", seed=number, PatientID=f"patient {number}")
     alone = check_folder(tmp_path, ONE)
