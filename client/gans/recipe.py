@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedmedgan.client.gans.parts.initial import SameEverywhere
 from fedmedgan.client.training.randomness import RandomSource
 from fedmedgan.shared.errors import StudyError
 from fedmedgan.shared.study import Study, Training
@@ -99,7 +100,7 @@ class Recipe:
     # ---- what a recipe's file defines
 
     def build(self) -> tuple[nn.Module, nn.Module]:
-        """Generator and discriminator, with new weights from torch's own random state."""
+        """Generator and discriminator with new weights, drawn uniformly or from a Gaussian (torch.nn.init)."""
         raise NotImplementedError
 
     def discriminator_inputs(
@@ -142,9 +143,8 @@ class Recipe:
     # ---- what all have
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        """Both networks with the study's initial weights: equal at every site, whatever the caller's random state."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.gan.init_seed)
+        """Both networks with the study's initial weights: equal at every site, whatever the machine."""
+        with SameEverywhere(self.gan.init_seed):
             return self.build()
 
 
