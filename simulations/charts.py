@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedmedgan.audit import drawing
 from fedmedgan.audit.drawing import ALARM, INK, MANY_ROUNDS, MUTED, PAGE, Series
@@ -160,7 +161,7 @@ def losses(generator: Series, discriminator: Series, alt: str) -> str:
         return drawing.svg(figure, "losses", alt)
     figure = Figure(figsize=(10, 3.2))
     left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.045, right=0.865, top=0.88, bottom=0.15, wspace=0.45)
+    figure.subplots_adjust(left=0.06, right=0.865, top=0.88, bottom=0.15, wspace=0.48)
     drawing.lines(left, generator, digits=2)
     drawing.lines(right, discriminator, digits=2)
     left.set_title("generator's loss")
@@ -188,11 +189,11 @@ def utility(rows: Sequence[UtilityRow], chance: float | None, alt: str) -> str:
 def similarity(rows: Sequence[SimilarityRow], alt: str) -> str:
     """Image to image: how near each arm's outputs come to their targets."""
     panels = []
-    for title, digits, values in (
-        ("PSNR, dB", 1, [r.psnr for r in rows]),
-        ("SSIM", 3, [r.ssim for r in rows]),
-    ):
-        span = max(max(values) - min(values), 0.05 * max(abs(v) for v in values), 1e-3)
+    for title, digits, least, values in (
+        ("PSNR, dB", 1, 1.0, [r.psnr for r in rows]),
+        ("SSIM", 3, 0.02, [r.ssim for r in rows]),
+    ):  # `least` to be seen: what differs by less is not to look different
+        span = max(max(values) - min(values), least)
         limits = (min(values) - 0.15 * span, max(values) + 0.3 * span)
         panels.append(_Panel(title, [(v, 0.0) for v in values], digits, limits))
     return _dots("similarity", rows, panels, alt)
@@ -223,6 +224,7 @@ def _dots(name: str, rows: Sequence[UtilityRow | SimilarityRow], panels: Sequenc
                 textcoords="offset points", color=MUTED,
             )  # fmt: skip
         axes.set_ylim(-0.6, len(rows) - 0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.grid(visible=False)
         axes.set_title(panel.title)
     drawn[0].set_yticks(heights, [drawing.clean(row.label, 36) for row in rows], color=INK)

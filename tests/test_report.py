@@ -299,7 +299,7 @@ def test_without_privacy_the_page_says_so_and_shows_no_epsilon(tmp_path: Path) -
     assert "Trained WITHOUT privacy. The study says" in page.words()
     assert "It was trained WITHOUT privacy: no noise was added" in page.words()
     assert page.words("privacy").startswith("Privacy None. The study promises nothing to any patient")
-    assert "WITHOUT clipping and noise" in page.words("cycle")
+    assert "train WITHOUT noise" in page.words("cycle")
     assert not re.search(r"(epsilon|ε)( at most| is|:| =)? [\d∞]", page.words()), "no number is called an epsilon"
     assert not [alt for alt in charts_of(page) if "epsilon" in alt]
     assert "all WITHOUT privacy" in page.words("comparison")
