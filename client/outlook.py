@@ -12,7 +12,7 @@ from fedmedgan.client.joining import LEFT, NOISE, SIGN_AGAIN
 from fedmedgan.client.policy import Policy
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.shared.agreement import Agreement
-from fedmedgan.shared.errors import StudyError
+from fedmedgan.shared.errors import PrivacyError, StudyError
 from fedmedgan.shared.privacy.accounting import epsilon_replace_one
 from fedmedgan.shared.privacy.budget import Decision, preview
 from fedmedgan.shared.privacy.events import TrainingSteps
@@ -52,10 +52,15 @@ def outlook(home: Path) -> Outlook:
     """Ask both accountants. Reads the ledger and writes nothing.
 
     Raises:
-        StudyError: CONFIG_NOT_FOUND, no study was signed here. PrivacyError: LEDGER_*, also of the book.
+        StudyError: CONFIG_NOT_FOUND, no study was signed here. PrivacyError: LEDGER_*, also of the book;
+            PRIVACY_NONE, the study promises nothing: an epsilon of 0 would say that it promised everything.
     """
     policy, agreement = Policy.load(home / "policy.toml"), Agreement.load(home / "study.json")
-    study, book, path = agreement.study, BudgetBook.open(home / policy.budget_book), home / "ledger.jsonl"
+    study, path = agreement.study, home / "ledger.jsonl"
+    if not study.is_private:
+        what, hint = "the study promises no privacy, so there is no epsilon to count", "it is for public images alone"
+        raise PrivacyError("PRIVACY_NONE", what, study.name, hint=hint)
+    book = BudgetBook.open(home / policy.budget_book)
     history = read_ledger(path) if path.exists() else History()
     trained = max(_round_of(home / "model.safetensors"), _round_of(home / "update.safetensors"))
     t, rate = study.training, study.sampling_rate(study.site(policy.site))

@@ -190,6 +190,7 @@ def test_a_hospital_whose_images_are_public_has_a_ledger_and_nothing_in_it(tmp_p
     assert opened.sigma == 0
     assert [r.kind for r in opened._ledger_history().records] == ["begin"]
     assert opened._ledger_history().studies == ()
+    assert_one_line(run("site", "budget", "--home", home), "PRIVACY_NONE")
 
 
 def test_the_price_of_a_study_without_privacy_is_no_number(tmp_path):
@@ -210,15 +211,15 @@ def test_the_price_names_what_is_charged_shared_and_set(tmp_path):
     study = write_study(
         tmp_path / "study.toml",
         sites=3,
-        gan={"recipe": "pix2pix", "private": "both", "task": "denoise"},
-        training={"local_steps": 4, "discriminator_steps": 2, "real_label": 0.9},
+        gan={"recipe": "pix2pix", "private": "both", "task": "denoise", "generator_norm": "instance"},
+        training={"local_steps": 4, "discriminator_steps": 2},
         aggregation={"share": "generator", "optimizer": "fedavgm"},
     )
     said = " ".join(run("study", "check", study).stdout.split())
     for words in (
         "2 rounds of 6 private steps (4 of the discriminator, 2 of the generator)",
         "recipe: pix2pix, low dose to full dose; reads patients: discriminator and generator",
-        "stabilisers: label smoothing (0.9)",
+        "stabilisers: instance norm in the generator",
         "shared: the generator alone; each discriminator stays at its hospital",
         "aggregation: FedAvgM (learning rate 1, momentum 0.9)",
     ):
