@@ -7,14 +7,17 @@ that of the steps, by the hospitals' own accountants. Real images are only read:
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from _results import FOLDER
 from torch import nn
 from torch.nn import functional
 
@@ -129,15 +132,40 @@ class Trained:
 
 def study_for(data: Set, sizes: Sequence[int], *, epsilon: float | None, delta: float, **sections: dict) -> Study:
     """A study of that many sites. The roster needs three; one site alone is trained without the others."""
+    return from_dict(study_values(data, sizes, epsilon=epsilon, delta=delta, **sections))
+
+
+def study_values(
+    data: Set, sizes: Sequence[int], *, epsilon: float | None, delta: float, **sections: dict
+) -> dict[str, Any]:
+    """What a study file of that many sites says."""
     patients = [*sizes, *[sizes[-1]] * max(0, MIN_SITES - len(sizes))]
-    values = {
+    return {
         "name": data.name,
         "sites": [{"name": f"site-{i + 1}", "patients": n} for i, n in enumerate(patients)],
         "images": {"size": data.images.shape[-1], "classes": data.classes},
         "privacy": {"epsilon": epsilon, "delta": delta} if epsilon else "none",
         **sections,
     }
-    return from_dict(values)
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """A study file."""
+    plain = {key: value for key, value in values.items() if isinstance(value, str)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+    for site in values["sites"]:
+        lines += ["", "[[sites]]", *(f"{key} = {json.dumps(value)}" for key, value in site.items())]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+    return "\n".join(lines) + "\n"
+
+
+def kept_rows(name: str, new: dict[str, Any], same: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of `results/<name>.json` with this one added, in place of an earlier one that is equal in `same`."""
+    path = FOLDER / f"{name}.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return [row for row in known if any(row[key] != new[key] for key in same)] + [new]
 
 
 def train(study: Study, parts: Sequence[PatientImages], *, device: str = "cpu") -> Trained:

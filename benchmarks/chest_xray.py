@@ -23,9 +23,11 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
+from _quality import ROOT, shared_data, to_toml
 from _results import machine, write
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
@@ -36,7 +38,6 @@ from fedmedgan.shared.errors import FedMedGanError, RunError
 from fedmedgan.shared.study import Study, from_dict
 from fedmedgan.simulations.phantoms import Vendor, to_dicom
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("clear", "opacity")
 SIZE = 64
 HOLDOUT_FRACTION = 0.25
@@ -90,11 +91,6 @@ HOSPITALS = (
     ),
 )
 SITES = tuple(f"{hospital.name}-{half}" for hospital in HOSPITALS for half in "ab")
-
-
-def source_folder() -> Path:
-    """Where the public radiographs are."""
-    return Path(os.environ.get("FEDMEDGAN_SHARED_DATA", ROOT.parent / "shared" / "data")) / "chest-xray-sites"
 
 
 def convert(source: Path, work: Path) -> None:
@@ -159,22 +155,33 @@ def _read(folder: Path, study: Study) -> PatientImages:
     return load_patients(folder, study.images, pseudonym_key=os.urandom(32))
 
 
-def make_study(work: Path, *, rounds: int, local_steps: int, patients_per_step: int, epsilon: float) -> Study:
+def study_values(
+    work: Path, *, rounds: int, local_steps: int, patients_per_step: int, epsilon: float
+) -> dict[str, Any]:
     """The agreement of the four sites; each declares its number of patients, rounded down to tens."""
     patients = {site: _count_patients(work / "sites" / site) // 10 * 10 for site in SITES}
-    return from_dict(
-        {
-            "name": "chest-xray",
-            "sites": [{"name": site, "patients": count} for site, count in patients.items()],
-            "images": {"size": SIZE, "classes": list(CLASSES), "modalities": ["CR", "DX"]},
-            "training": {
-                "rounds": rounds,
-                "local_steps": local_steps,
-                "patients_per_step": patients_per_step,
-            },
-            "privacy": {"epsilon": epsilon, "delta": 1e-4},
-        }
-    )
+    return {
+        "name": "chest-xray",
+        "sites": [{"name": site, "patients": count} for site, count in patients.items()],
+        "images": {"size": SIZE, "classes": list(CLASSES), "modalities": ["CR", "DX"]},
+        "gan": {
+            "recipe": "acgan",
+            "generator_width": 16,
+            "discriminator_width": 16,
+            "norm": "none",
+            "generator_norm": "batch",
+            "ema": 0.9,
+        },
+        "training": {
+            "rounds": rounds,
+            "local_steps": local_steps,
+            "patients_per_step": patients_per_step,
+            "discriminator_steps": 4,
+            "discriminator_lr": 2e-3,
+            "generator_lr": 1e-3,
+        },
+        "privacy": {"epsilon": epsilon, "delta": 1e-4},
+    }
 
 
 def _count_patients(folder: Path) -> int:
@@ -182,22 +189,10 @@ def _count_patients(folder: Path) -> int:
     return len({pydicom.dcmread(file, specific_tags=["PatientID"]).PatientID for file in files})
 
 
-def to_toml(study: Study) -> str:
-    """The study as a study file: every section that `make_study` sets."""
-    lines = [f"name = {json.dumps(study.name)}"]
-    for site in study.sites:
-        lines += ["", "[[sites]]", f"name = {json.dumps(site.name)}", f"patients = {site.patients}"]
-    for section in ("images", "gan", "training", "privacy"):
-        lines += ["", f"[{section}]"]
-        values = getattr(study, section).model_dump(mode="json")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    return "\n".join(lines) + "\n"
-
-
-def simulate(work: Path, study: Study, device: str) -> None:
+def simulate(work: Path, values: dict[str, Any], device: str) -> None:
     """Run ``fedmedgan simulate`` on the four folders, into ``run/``."""
     file = work / "study.toml"
-    file.write_text(to_toml(study), encoding="utf-8")
+    file.write_text(to_toml(values), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("fedmedgan")), "simulate", str(file), "--arms", "--device", device]
     for site in SITES:
         command += ["--data", f"{site}={work / 'sites' / site}"]
@@ -378,16 +373,16 @@ def main() -> None:
     print(f"work folder {work}", file=sys.stderr)
     try:
         if not (work / "sites").is_dir():
-            convert(source_folder(), work)
+            convert(shared_data() / "chest-xray-sites", work)
         if not (work / "run" / "arms.json").is_file():
-            study = make_study(
+            values = study_values(
                 work,
                 rounds=options.rounds,
                 local_steps=options.local_steps,
                 patients_per_step=options.patients_per_step,
                 epsilon=options.epsilon,
             )
-            simulate(work, study, options.device)
+            simulate(work, values, options.device)
         study = ran_study(work)
         training, privacy = study.training, study.privacy
         command = (

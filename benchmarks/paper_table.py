@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from _quality import DOCS, Set, Trained, mnist, study_for, train
-from _results import FOLDER, machine, write
+from _quality import DOCS, Set, Trained, kept_rows, mnist, study_for, train
+from _results import machine, write
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -232,11 +232,7 @@ def main() -> None:
 
 
 def _keep(row: Row) -> None:
-    path = FOLDER / "paper-table.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    same = ("data", "arm", "epsilon_budget", "device")
-    mine = asdict(row)
-    rows = [r for r in known if any(r[k] != mine[k] for k in same)] + [mine]
+    rows = kept_rows("paper-table", asdict(row), ("data", "arm", "epsilon_budget", "device"))
     rows.sort(key=lambda r: (r["data"], list(ARMS).index(r["arm"]), -r["epsilon_budget"], r["device"]))
     figures = {f"{r['data']}_{r['arm']}_{r['epsilon_budget']:g}": r["accuracy"] for r in rows}
     write(

@@ -364,6 +364,17 @@ def test_initial_weights_have_the_spread_that_torch_gives_them():
             assert abs(float(a.detach().abs().max() / b.detach().abs().max()) - 1) < 0.1
 
 
+def test_acgan_asks_patients_for_their_class_and_fakes_for_nothing_but_whether_they_are_fakes():
+    recipe = recipes.load(study_of("acgan"))
+    answers = torch.tensor([[0.5, 3.0, -1.0], [0.5, 3.0, -1.0]])
+    is_real = torch.tensor([0.9, 0.0])  # smoothed: still a patient
+    said, other = (recipe.row_losses(answers, is_real, torch.full((2,), label)) for label in (0, 1))
+    real, fake = torch.log1p(torch.exp(torch.tensor([-0.5, 0.5])))
+    torch.testing.assert_close(said, torch.stack([0.9 * real + 0.1 * fake + np.log1p(np.exp(-4)), fake]))
+    assert other[0] - said[0] == pytest.approx(4.0)
+    assert other[1] == said[1]
+
+
 def test_weight_norm_falls_back_to_hooks_and_is_private():
     one = trainer_of(study_of("cdcgan", gan={"weight_norm": True}))
     one.train(2)

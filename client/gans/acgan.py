@@ -1,6 +1,8 @@
 """Auxiliary classifier GAN (Odena, Olah, Shlens 2017): the discriminator also says which class an image shows.
 
-Of a row, real or generated, the loss is "is it real?" plus "which class is it?". It depends on that row alone.
+Of a row the loss is "is it real?" plus, for a real one, "which class is it?". It depends on that row alone. The class
+of generated rows is not asked, other than in the paper: as long as the generator ignores its labels, they teach the
+discriminator nothing but chance, at the price of the clip that they share with what patients teach.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class ACGAN(Synthesis):
 
     def row_losses(self, answers: Tensor, is_real_N: Tensor, labels_N: Tensor) -> Tensor:
         real = functional.binary_cross_entropy_with_logits(answers[:, 0], is_real_N, reduction="none")
-        return real + functional.cross_entropy(answers[:, 1:], labels_N, reduction="none")
+        return real + (is_real_N > 0) * functional.cross_entropy(answers[:, 1:], labels_N, reduction="none")
 
     def fake_loss(self, answers: Tensor, labels_N: Tensor) -> Tensor:
         return functional.softplus(-answers[:, 0]).mean() + functional.cross_entropy(answers[:, 1:], labels_N)

@@ -2,8 +2,8 @@
 
 Radford et al. 2015 (DCGAN), Mirza & Osindero 2014 (conditional). The label enters the discriminator through
 class-specific output heads (one logit a class, the label picks one), which under DP-SGD learns far better than a label
-map at the input; and the generator doubles its grid by copying and convolving (Odena et al. 2016) instead of transposed
-convolutions, whose checkerboards a discriminator under noise never learns to see.
+map at the input; and the generator doubles its grid by interpolating and convolving (Odena et al. 2016) instead of
+transposed convolutions, whose checkerboards a discriminator under noise never learns to see.
 """
 
 from __future__ import annotations

@@ -93,8 +93,9 @@ def upward(images: Images, gan: Gan, transposed: bool = False) -> tuple[nn.Seque
     """A generator's trunk: from a coarse grid to an image in [-1, 1]. Returns it, its input channels, and the side.
 
     Args:
-        transposed: with transposed convolutions as in DCGAN; else each grid is copied and convolved, which leaves no
-            checkerboard (Odena et al. 2016).
+        transposed: with transposed convolutions as in DCGAN; else each grid is interpolated and convolved, which leaves
+            no checkerboard (Odena et al. 2016). Bilinear: where pixels are merely copied, a discriminator under noise
+            leaves a grain of their size in every image.
     """
     base, channels = pyramid(images, gan.generator_width)
     blocks: list[nn.Module] = [norm(gan.generator_norm, channels[-1]), nn.LeakyReLU(0.2)]
@@ -102,14 +103,10 @@ def upward(images: Images, gan: Gan, transposed: bool = False) -> tuple[nn.Seque
     for wide, narrow in pairwise([*channels[::-1], 1]):
         if gan.attention and not placed and 2 * side > ATTENTION_GRID:
             blocks, placed = [*blocks, SelfAttention(wide)], True
-        double = (
-            [nn.ConvTranspose2d(wide, narrow, 4, 2, 1)] if transposed else [_Copy(), nn.Conv2d(wide, narrow, 3, 1, 1)]
-        )
+        if transposed:
+            double: list[nn.Module] = [nn.ConvTranspose2d(wide, narrow, 4, 2, 1)]
+        else:
+            double = [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(wide, narrow, 3, 1, 1)]
         blocks += [*double, norm(gan.generator_norm, narrow), nn.LeakyReLU(0.2)] if narrow > 1 else [*double, nn.Tanh()]
         side *= 2
     return nn.Sequential(*blocks), channels[-1], base
-
-
-class _Copy(nn.Upsample):
-    def __init__(self) -> None:
-        super().__init__(scale_factor=2)
