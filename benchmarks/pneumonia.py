@@ -86,7 +86,7 @@ class Setting:
 
 
 ONE_SITE = {None: Setting(1000, 256), 10.0: Setting(1000, 256), 3.0: Setting(600, 256), 1.0: Setting(400, 256)}
-OF_FIVE = {None: Setting(400, 102), 10.0: Setting(400, 102), 3.0: Setting(400, 102), 1.0: Setting(400, 102)}
+OF_FIVE = {None: Setting(400, 188), 10.0: Setting(400, 188), 3.0: Setting(400, 188), 1.0: Setting(300, 188)}
 
 
 @dataclass(frozen=True)
