@@ -85,7 +85,7 @@ class Setting:
     patients_per_step: int
 
 
-ONE_SITE = {None: Setting(1000, 256), 10.0: Setting(1000, 256), 3.0: Setting(600, 256), 1.0: Setting(400, 256)}
+ONE_SITE = {None: Setting(1000, 256), 10.0: Setting(600, 256), 3.0: Setting(600, 256), 1.0: Setting(400, 256)}
 OF_FIVE = {None: Setting(400, 188), 10.0: Setting(400, 188), 3.0: Setting(400, 188), 1.0: Setting(300, 188)}
 
 
@@ -122,7 +122,7 @@ def values_of(data: Set, arm: str, epsilon: float | None, seed: int) -> dict[str
             "discriminator_width": 16,
             "norm": "none",
             "generator_norm": "batch",
-            "ema": 0.9,
+            "ema": 0.95,
             "init_seed": seed,
         },
         training={
@@ -132,6 +132,7 @@ def values_of(data: Set, arm: str, epsilon: float | None, seed: int) -> dict[str
             "discriminator_steps": 4,
             "discriminator_lr": 2e-3,
             "generator_lr": 1e-3,
+            "real_label": 0.9,
         },
     )
 

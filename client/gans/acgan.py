@@ -28,6 +28,11 @@ class Discriminator(nn.Module):
         return self.heads(self.features(images_N1SS)).flatten(1)
 
 
+SOFTENED = 0.2
+"""Label smoothing of what the generator is asked: sure of the class, but not without end. A generator that is paid for
+ever clearer cases draws caricatures, and a classifier that learns from them misses patients at the border."""
+
+
 class ACGAN(Synthesis):
     """Binary cross-entropy and cross-entropy of the class."""
 
@@ -39,7 +44,8 @@ class ACGAN(Synthesis):
         return real + (is_real_N > 0) * functional.cross_entropy(answers[:, 1:], labels_N, reduction="none")
 
     def fake_loss(self, answers: Tensor, labels_N: Tensor) -> Tensor:
-        return functional.softplus(-answers[:, 0]).mean() + functional.cross_entropy(answers[:, 1:], labels_N)
+        of_its_class = functional.cross_entropy(answers[:, 1:], labels_N, label_smoothing=SOFTENED)
+        return functional.softplus(-answers[:, 0]).mean() + of_its_class
 
 
 RECIPE = ACGAN
