@@ -95,18 +95,24 @@ def upward(images: Images, gan: Gan, transposed: bool = False) -> tuple[nn.Seque
     Args:
         transposed: with transposed convolutions as in DCGAN; else each grid is interpolated and convolved, which leaves
             no checkerboard (Odena et al. 2016). Bilinear: where pixels are merely copied, a discriminator under noise
-            leaves a grain of their size in every image.
+            leaves a grain of their size in every image. The finest grid has a layer of its own, without which edges are
+            as blurred as the interpolation.
     """
     base, channels = pyramid(images, gan.generator_width)
     blocks: list[nn.Module] = [norm(gan.generator_norm, channels[-1]), nn.LeakyReLU(0.2)]
     side, placed = base, False
-    for wide, narrow in pairwise([*channels[::-1], 1]):
+    finest = 1 if transposed else channels[0]
+    for wide, narrow in pairwise([*channels[::-1], finest]):
         if gan.attention and not placed and 2 * side > ATTENTION_GRID:
             blocks, placed = [*blocks, SelfAttention(wide)], True
         if transposed:
-            double: list[nn.Module] = [nn.ConvTranspose2d(wide, narrow, 4, 2, 1)]
+            blocks.append(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))
         else:
-            double = [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(wide, narrow, 3, 1, 1)]
-        blocks += [*double, norm(gan.generator_norm, narrow), nn.LeakyReLU(0.2)] if narrow > 1 else [*double, nn.Tanh()]
+            blocks += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(wide, narrow, 3, 1, 1)]
+        if narrow > 1:
+            blocks += [norm(gan.generator_norm, narrow), nn.LeakyReLU(0.2)]
         side *= 2
+    if not transposed:
+        blocks.append(nn.Conv2d(finest, 1, 3, 1, 1))
+    blocks.append(nn.Tanh())
     return nn.Sequential(*blocks), channels[-1], base
