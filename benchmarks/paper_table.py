@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["mnist"], choices=["mnist", "fashion-mnist"])
     parser.add_argument("--epsilons", nargs="+", type=float, default=[10.0])
     parser.add_argument("--arms", nargs="+", default=["one"], choices=list(ARMS))
-    parser.add_argument("--steps", type=int, default=6000, help="discriminator steps; five sites share the work")
+    parser.add_argument("--steps", type=int, default=5000, help="discriminator steps; five sites share the work")
     parser.add_argument("--patients-per-step", type=int, default=256)
     parser.add_argument("--local-steps", type=int, default=20)
     parser.add_argument("--discriminator-steps", type=int, default=3)

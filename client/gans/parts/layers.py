@@ -108,11 +108,16 @@ def upward(images: Images, gan: Gan, transposed: bool = False) -> tuple[nn.Seque
         if transposed:
             blocks.append(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))
         else:
-            blocks += [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(wide, narrow, 3, 1, 1)]
+            blocks += [nn.Upsample(scale_factor=2, mode="bilinear"), _smooth(wide, narrow)]
         if narrow > 1:
             blocks += [norm(gan.generator_norm, narrow), nn.LeakyReLU(0.2)]
         side *= 2
     if not transposed:
-        blocks.append(nn.Conv2d(finest, 1, 3, 1, 1))
+        blocks.append(_smooth(finest, 1))
     blocks.append(nn.Tanh())
     return nn.Sequential(*blocks), channels[-1], base
+
+
+def _smooth(wide: int, narrow: int) -> nn.Conv2d:
+    """3 x 3. Beyond the edge the image goes on as it is: with zeros there, interpolated images get a bright frame."""
+    return nn.Conv2d(wide, narrow, 3, 1, 1, padding_mode="replicate")
