@@ -167,7 +167,7 @@ def study_values(
         "gan": {
             "recipe": "acgan",
             "generator_width": 16,
-            "discriminator_width": 16,
+            "discriminator_width": 8,
             "norm": "none",
             "generator_norm": "batch",
             "ema": 0.9,
@@ -178,7 +178,8 @@ def study_values(
             "patients_per_step": patients_per_step,
             "discriminator_steps": 4,
             "discriminator_lr": 2e-3,
-            "generator_lr": 1e-3,
+            "generator_lr": 2e-3,
+            "real_label": 0.9,
         },
         "privacy": {"epsilon": epsilon, "delta": 1e-4},
     }
@@ -364,7 +365,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder outside the repository; default: a new temporary one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--local-steps", type=int, default=20)
-    parser.add_argument("--patients-per-step", type=int, default=32)
+    parser.add_argument("--patients-per-step", type=int, default=64)
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()

@@ -108,16 +108,19 @@ def upward(images: Images, gan: Gan, transposed: bool = False) -> tuple[nn.Seque
         if transposed:
             blocks.append(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))
         else:
-            blocks += [nn.Upsample(scale_factor=2, mode="bilinear"), _smooth(wide, narrow)]
+            blocks += [nn.Upsample(scale_factor=2, mode="bilinear"), *_smooth(wide, narrow)]
         if narrow > 1:
             blocks += [norm(gan.generator_norm, narrow), nn.LeakyReLU(0.2)]
         side *= 2
     if not transposed:
-        blocks.append(_smooth(finest, 1))
+        blocks += _smooth(finest, 1)
     blocks.append(nn.Tanh())
     return nn.Sequential(*blocks), channels[-1], base
 
 
-def _smooth(wide: int, narrow: int) -> nn.Conv2d:
-    """3 x 3. Beyond the edge the image goes on as it is: with zeros there, interpolated images get a bright frame."""
-    return nn.Conv2d(wide, narrow, 3, 1, 1, padding_mode="replicate")
+def _smooth(wide: int, narrow: int) -> nn.Sequential:
+    """3 x 3. Beyond the edge the image goes on as it is: with zeros there, interpolated images get a bright frame.
+
+    A layer of its own pads: per-patient gradients of a generator with a padding mode cannot be found.
+    """
+    return nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(wide, narrow, 3))
