@@ -24,10 +24,12 @@ def tiny_study(sites: int = 4, **sections):
         "round_timeout": 120.0,
         "sites": [{"name": f"site-{i}", "patients": 24, "weight": 1 + i % 2} for i in range(sites)],
         "images": {"size": 28},
-        "gan": {"generator_width": 4, "discriminator_width": 4, "latent": 8},
+        "gan": {"generator_width": 4, "discriminator_width": 4},
         "training": {"rounds": 2, "local_steps": 2, "patients_per_step": 6, "discriminator_steps": 1},
         "privacy": {"delta": 0.01, "epsilon": 20.0},
     }
+    if sections.get("gan", {}).get("private") != "both":  # those make images of images: no latent vector
+        values["gan"]["latent"] = 8
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
     return from_dict(values)

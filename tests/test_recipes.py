@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from fedmedgan.client import gans
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.parts.translation import degraded
-from fedmedgan.client.gans.recipe import Fakes, Records
+from fedmedgan.client.gans.recipe import Fakes, Recipe, Records
 from fedmedgan.client.training.estimate import refuse_mixing
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, SystemRandom
@@ -26,23 +27,26 @@ from fedmedgan.shared.errors import FedMedGanError, PrivacyError, StudyError
 from fedmedgan.shared.privacy.records import failed_checks
 from fedmedgan.shared.study import Study
 
-SMALL = {"generator_width": 4, "discriminator_width": 4, "latent": 8}
-ONE_CLASS = {"images": {"classes": ("any",)}}
-KINDS: dict[str, dict] = {
-    "vanilla": ONE_CLASS,
-    "dcgan": ONE_CLASS,
-    "cdcgan": {},
-    "wgan": {},
-    "wgan_gp": {},
-    "acgan": {},
-    "pix2pix": {"gan": {"private": "both", "task": "denoise"}},
-    "cyclegan": {"gan": {"private": "both"}},
-}
+SMALL = {"generator_width": 4, "discriminator_width": 4}
+FAST = ("vanilla", "dcgan", "cdcgan", "wgan", "acgan", "pix2pix", "cyclegan")
+"""Recipes of the package whose layers book-keeping knows; others may have other layers."""
+PACKAGED = (*FAST, "wgan_gp")
+
+
+def declared(name: str) -> dict[str, dict]:
+    """What a study has to say to fit a recipe, by what the recipe's file declares."""
+    recipe = importlib.import_module(f"fedmedgan.client.gans.{name}").RECIPE
+    gan = {"private": recipe.private, "task": recipe.tasks[0]}
+    return {"gan": gan} if recipe.conditional else {"gan": gan, "images": {"classes": ("any",)}}
+
+
+KINDS: dict[str, dict] = {name: declared(name) for name in recipes.known()}
+"""Every file of the folder: a new one is tried without a line in here."""
 
 
 def study_of(name: str, **sections) -> Study:
     merged: dict[str, dict] = {"images": {"size": 28}, "training": {"discriminator_steps": 1, "local_steps": 2}}
-    for given in (KINDS.get(name, {}), sections):
+    for given in (declared(name), sections):
         for section, values in given.items():
             merged[section] = merged.get(section, {}) | values if isinstance(values, dict) else values
     merged["gan"] = {"recipe": name, **SMALL} | merged.get("gan", {})
@@ -74,8 +78,33 @@ def weights_of(one: LocalTrainer) -> list[torch.Tensor]:
     return [p.detach().clone() for p in (*one.generator.parameters(), *one.discriminator.parameters())]
 
 
-def test_every_file_is_a_recipe():
-    assert recipes.known() == sorted(KINDS)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_file_is_a_recipe(name):
+    assert isinstance(recipes.load(study_of(name)), Recipe)
+
+
+def test_no_recipe_of_the_package_is_missing():
+    assert set(PACKAGED) <= set(KINDS)
+
+
+NEW_FILE = """
+from fedmedgan.client.gans.vanilla import Vanilla
+
+class Mine(Vanilla):
+    record = "an image of a test's own"
+
+RECIPE = Mine
+"""
+
+
+def test_a_new_file_is_tried_without_a_line_in_here(tmp_path, monkeypatch):
+    """Also one that needs a study of its own kind: one class."""
+    (tmp_path / "newfile.py").write_text(NEW_FILE)
+    monkeypatch.setattr(gans, "__path__", [*gans.__path__, str(tmp_path)])
+    assert "newfile" in recipes.known()
+    one = trainer_of(study_of("newfile"))
+    one.train(1)
+    assert not failed_checks(one.checks)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -93,7 +122,8 @@ def test_a_recipe_is_trained_and_no_check_fails(name, noise_multiplier):
         checks = one.checks
         assert not failed_checks(checks)
         assert checks["rows"] == checks["clipping"] == "passed"
-        assert one.method == ("functional" if name == "wgan_gp" else "book-keeping")
+        assert one.recipe.method in ("auto", one.method)
+        assert name not in FAST or one.method == "book-keeping"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -388,6 +418,55 @@ def test_views_are_in_one_clip():
     one.train(3)
     assert not failed_checks(one.checks)
     assert one.d.divisor == 2 * one.study.training.patients_per_step
+
+
+UNUSED = [
+    *(("vanilla", "gan", s, v) for s in ("norm", "generator_norm") for v in ("instance", "batch")),
+    *((n, "gan", s, True) for n in ("vanilla", "pix2pix", "cyclegan") for s in ("attention", "weight_norm")),
+    *((n, "gan", "minibatch_stddev", True) for n in ("vanilla", "pix2pix", "cyclegan")),
+    *((n, "gan", "latent", 16) for n in ("pix2pix", "cyclegan")),
+    *((n, "training", s, v) for n in ("wgan", "wgan_gp") for s, v in (("real_label", 0.9), ("adaptive", True))),
+]
+NETWORK_SETTINGS = {
+    "norm": "instance",
+    "generator_norm": "instance",
+    "attention": True,
+    "weight_norm": True,
+    "minibatch_stddev": True,
+    "latent": 17,
+    "generator_width": 8,
+    "discriminator_width": 8,
+}
+
+
+@pytest.mark.parametrize(("name", "section", "setting", "value"), UNUSED, ids=lambda part: str(part))
+def test_a_setting_that_a_recipe_has_no_use_for_is_refused(name, section, setting, value):
+    with pytest.raises(StudyError, match="has no use for it") as caught:
+        recipes.load(study_of(name, **{section: {setting: value}}, privacy="none"))
+    assert caught.value.code == "CONFIG_RANGE"
+    assert f"{section}.{setting}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_defaults_may_be_written_out_and_so_may_no_norm(name, norm):
+    gan = {"norm": norm, "generator_norm": norm, "attention": False, "weight_norm": False}
+    if study_of(name).gan.private == "both":
+        gan["latent"] = 64
+    recipes.load(study_of(name, gan=gan, training={"adaptive": False}))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_network_setting_that_is_accepted_changes_the_networks(name):
+    plain = str(recipes.load(study_of(name, privacy="none")).networks())
+    for setting, value in NETWORK_SETTINGS.items():
+        study = study_of(name, gan={setting: value}, privacy="none")
+        try:
+            changed = str(recipes.load(study).networks())
+        except StudyError as refused:
+            assert f"gan.{setting}" in str(refused)
+        else:
+            assert changed != plain, setting
 
 
 def test_a_module_that_is_given_is_trained_in_place():

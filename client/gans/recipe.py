@@ -15,13 +15,14 @@ import pkgutil
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmedgan.client.gans.parts.initial import SameEverywhere
 from fedmedgan.client.training.randomness import RandomSource
 from fedmedgan.shared.errors import StudyError
-from fedmedgan.shared.study import Study, Training
+from fedmedgan.shared.study import Study
 
 SHIFT = 2
 """Pixels by which a view may be shifted, each way."""
@@ -71,7 +72,10 @@ class Recipe:
     conditional: ClassVar[bool] = True
     """Whether the label is an input; if not, the study must have one class."""
     ignores: ClassVar[tuple[str, ...]] = ()
-    """Settings of the training section that this recipe has no use for: a study that sets them is refused."""
+    """Settings that this recipe has no use for, e.g. "training.views": a study that sets one is refused.
+
+    The default may be written out, and "none", which asks for nothing.
+    """
 
     def __init__(self, study: Study) -> None:
         self.study, self.images, self.gan = study, study.images, study.gan
@@ -87,12 +91,11 @@ class Recipe:
             raise StudyError(
                 "PRIVACY_MODEL", what, "gan.generator_norm", hint='choose another, or set privacy = "none"'
             )
-        ignored = [
-            name for name in self.ignores if getattr(study.training, name) != Training.model_fields[name].default
-        ]
-        if ignored:
-            what = f"{name} has no use for it"
-            raise StudyError("CONFIG_RANGE", what, f"training.{ignored[0]}", hint="leave it out of the study")
+        for place in self.ignores:
+            section, setting = place.split(".")
+            part: BaseModel = getattr(study, section)
+            if getattr(part, setting) not in (type(part).model_fields[setting].default, "none"):
+                raise StudyError("CONFIG_RANGE", f"{name} has no use for it", place, hint="leave it out of the study")
         if not self.conditional and len(self.images.classes) > 1:
             what = f"{name} makes images without a label, and there are {len(self.images.classes)} classes"
             raise StudyError("CONFIG_RANGE", what, "images.classes", hint="give one class, or take cdcgan")

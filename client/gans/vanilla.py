@@ -47,6 +47,7 @@ class Vanilla(Synthesis):
     """The losses of Goodfellow et al. 2014, which are the default."""
 
     conditional = False
+    ignores = ("gan.norm", "gan.generator_norm", "gan.attention", "gan.weight_norm", "gan.minibatch_stddev")
 
     def build(self) -> tuple[Generator, Discriminator]:
         return Generator(self.images, self.gan), Discriminator(self.images, self.gan)

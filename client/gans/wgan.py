@@ -1,8 +1,10 @@
 """Wasserstein GAN (Arjovsky, Chintala, Bottou 2017): a critic whose answers are limited in how fast they change.
 
 The limit is set after each step, on weights that are already private, so it costs no privacy: either every weight is
-clipped to [-CLIP, CLIP] as in the paper, or, with `training.spectral_projection`, each layer's largest singular value
-is brought to at most 1, which keeps more of what a layer can say. Not to be confused with the clipping of gradients.
+clipped to [-CLIP, CLIP] as in the paper, or, with `training.spectral_projection`, the largest singular value of each
+flattened kernel is brought to at most 1, which keeps more of what a layer can say. That limits a convolution up to a
+factor (`stabilisers.project_spectral`), and neither limits a critic with normalisation, which scales up again what was
+scaled down: set `gan.norm = "none"`. Not to be confused with the clipping of gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ CLIP = 0.05
 class WGAN(Synthesis):
     """Critic: mean of fakes minus mean of reals."""
 
-    ignores = ("real_label",)
+    ignores = ("training.real_label", "training.adaptive")  # no answer of a critic means "a fake"
 
     def build(self) -> tuple[Generator, Discriminator]:
         return Generator(self.images, self.gan), Discriminator(self.images, self.gan)

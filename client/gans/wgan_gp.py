@@ -22,7 +22,7 @@ class WGANGP(Synthesis):
 
     fake_rows = False
     method = "functional"
-    ignores = ("views", "real_label", "replay")
+    ignores = ("training.views", "training.real_label", "training.replay", "training.adaptive")
 
     def build(self) -> tuple[Generator, Discriminator]:
         return Generator(self.images, self.gan), Discriminator(self.images, self.gan)

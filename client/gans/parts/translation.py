@@ -85,7 +85,10 @@ class Translation(Recipe):
 
     private = "both"
     fake_rows = False
-    ignores = ("views", "real_label")
+    ignores = (
+        *("training.views", "training.real_label"),
+        *("gan.latent", "gan.attention", "gan.weight_norm", "gan.minibatch_stddev"),
+    )
 
     def public_images(self, count: int, seed: int) -> Tensor:
         """(count, 1, S, S): drawn ellipses, for pictures and losses that read no patient."""
