@@ -57,6 +57,39 @@ def test_a_reconstruction_is_near_the_image(scorer):
     assert np.square(again - images).mean() < 0.3 * np.square(images).mean()
 
 
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
+def test_a_score_is_of_its_image_alone(norm):
+    gan = {"generator_norm": norm, "norm": norm, "generator_width": 8}
+    study = tiny_study(gan=gan, privacy="none")
+    networks = recipes.load(study).networks()
+    before = [p.clone() for network in networks for p in network.parameters()]
+    one = AnomalyScorer(*networks, study, steps=5)
+    random = torch.Generator().manual_seed(3)
+    images, labels = (torch.rand(20, 1, 28, 28, generator=random) * 2 - 1).numpy(), np.arange(20) % 2
+    together = one.scores(images, labels)
+    alone = [one.scores(images[i : i + 1], labels[i : i + 1])[0] for i in range(20)]
+    np.testing.assert_allclose(alone, together, rtol=1e-6)
+    assert np.ptp(together) > 1e-3
+    after = [p for network in networks for p in network.parameters()]
+    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, after, strict=True))
+
+
+def test_batch_statistics_are_those_of_many_generated_images():
+    """The model as it is used for generating: a large batch, classes in turn."""
+    study = tiny_study(gan={"generator_norm": "batch"})
+    generator, discriminator = recipes.load(study).networks()
+    one = AnomalyScorer(generator, discriminator, study, steps=1)
+    latent, labels = torch.randn(256, 8, generator=torch.Generator().manual_seed(7)), torch.arange(256) % 2
+    with torch.no_grad():
+        torch.testing.assert_close(one.generator(latent, labels), generator(latent, labels), rtol=0, atol=0.05)
+
+
+def test_a_discriminator_that_compares_images_is_refused():
+    study = tiny_study(gan={"minibatch_stddev": True}, privacy="none")
+    with pytest.raises(StudyError, match="minibatch_stddev"):
+        AnomalyScorer(*recipes.load(study).networks(), study, steps=1)
+
+
 def test_bad_input_is_refused(scorer):
     images, labels = some(0, 6)
     for bad in (

@@ -6,10 +6,14 @@ discriminator sees.
 
 The paper trains its encoder on patients' images. Here it learns from generated images alone ("ziz" in the paper),
 so it costs no privacy. Scores of a patient's image are that patient's data: they stay at the hospital.
+
+The score of an image depends on that image alone, not on who else is scored: BatchNorm keeps to the statistics of one
+fixed batch of generated images.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +36,7 @@ LEARNING_RATE = 2e-3
 FEATURES_WEIGHT = 1.0
 """kappa of the paper."""
 ROWS_AT_ONCE = 256
+"""Also the number of generated images that BatchNorm's statistics are of."""
 
 
 class Encoder(nn.Module):
@@ -63,7 +68,7 @@ class AnomalyScorer:
         seed: of the encoder's weights and of the images that it learns from.
 
     Raises:
-        StudyError: CONFIG_RANGE, the recipe makes images of images.
+        StudyError: CONFIG_RANGE, the recipe makes images of images, or its discriminator compares those of a batch.
     """
 
     def __init__(
@@ -72,8 +77,15 @@ class AnomalyScorer:
         if not isinstance(recipes.load(study), Synthesis):
             hint = "train a recipe that makes images from noise"
             raise StudyError("CONFIG_RANGE", "anomaly scores need a synthesis model", "gan.recipe", hint=hint)
-        self.generator, self.study = generator.cpu(), study
-        self.features = getattr(discriminator.cpu(), "features", None)
+        if study.gan.minibatch_stddev:
+            what, where = "the discriminator sees in each image those beside it", "gan.minibatch_stddev"
+            raise StudyError("CONFIG_RANGE", what, where, hint="train without it")
+        self.study = study
+        latent = torch.randn(ROWS_AT_ONCE, study.gan.latent, generator=torch.Generator().manual_seed(seed))
+        labels = torch.arange(ROWS_AT_ONCE) % len(study.images.classes)
+        self.generator, images = _settled(generator, latent, labels)
+        features = getattr(discriminator, "features", None)
+        self.features = _settled(features, images)[0] if features is not None else None
         self.encoder = self._trained(steps, seed)
 
     def _trained(self, steps: int, seed: int) -> Encoder:
@@ -132,6 +144,23 @@ class AnomalyScorer:
         if len(label_N) and label_N.max() >= len(self.study.images.classes):
             raise DataError("DATA_EVALUATION", "a label is no class of the study")
         return images, torch.from_numpy(label_N)
+
+
+@torch.no_grad()
+def _settled(network: nn.Module, *batch: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy whose BatchNorm layers keep to the statistics of this batch, so that rows are independent; and its answer.
+
+    Training keeps no running statistics (`parts.layers.norm`): each layer would take those of the batch at hand.
+    """
+    settled = copy.deepcopy(network).cpu().eval()
+    for layer in settled.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and not layer.track_running_stats:
+            layer.track_running_stats, layer.momentum = True, 1.0
+            layer.running_mean = torch.zeros(layer.num_features)
+            layer.running_var = torch.ones(layer.num_features)
+            layer.train()
+    answers: Tensor = settled(*batch)
+    return settled.eval(), answers
 
 
 @contextmanager
