@@ -8,6 +8,7 @@ import torch
 from test_recipes import study_of, trainer_of, weights_of
 from torch import nn
 
+from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.recipe import shifted
 from fedmedgan.client.gans.wgan import CLIP
 from fedmedgan.client.training import stabilisers
@@ -80,6 +81,19 @@ def test_the_penalty_is_the_slope_at_fakes_by_finite_differences():
             assert (high - low) / 2e-5 == pytest.approx(float(found["first.weight"][at]), rel=1e-4, abs=1e-8)
 
 
+def test_the_penalty_is_on_the_answer_whether_it_is_real_not_on_classes():
+    """acgan: with the heads of the classes changed, the gradient is the same, and none of it is at those heads."""
+    network = recipes.load(study_of("acgan")).networks()[1]
+    images, labels = torch.rand(3, 1, 28, 28), torch.zeros(3, dtype=torch.long)
+    before = stabilisers.penalty_gradient(network, images, labels)
+    with torch.no_grad():
+        network.heads.weight[1:] += 1.0
+    after = stabilisers.penalty_gradient(network, images, labels)
+    assert before["heads.weight"][0].any()
+    assert not before["heads.weight"][1:].any()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def penalty_of(penalty) -> float:
     with torch.enable_grad():
         return penalty()
@@ -119,6 +133,17 @@ def test_the_critic_of_wgan_is_limited_after_each_step(spectral):
             assert weight.abs().max() <= CLIP
         elif weight.ndim > 1:
             assert torch.linalg.matrix_norm(weight.flatten(1), ord=2) <= 1 + 1e-5
+
+
+def test_a_projected_convolution_lengthens_images_by_two_at_most_not_by_one():
+    """What wgan's text says: the flattened kernel's singular value is no limit of the whole convolution."""
+    layer = nn.Conv2d(1, 4, 4, 2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(10.0)
+    stabilisers.project_spectral(layer)
+    images = torch.ones(1, 1, 28, 28)
+    factor = float((layer(images).norm() / images.norm()).detach())
+    assert 1.5 < factor <= 2
 
 
 def test_a_shift_moves_images_by_whole_pixels():

@@ -46,8 +46,7 @@ class Turns:
 
     def saw(self, answers: Tensor) -> None:
         """What the discriminator answered to fakes; above zero it took them for real."""
-        first = answers.flatten(1)[:, 0] if answers.ndim > 1 else answers
-        self.told = DECAY * self.told + (1 - DECAY) * float((first < 0).float().mean())
+        self.told = DECAY * self.told + (1 - DECAY) * float((_is_it_real(answers) < 0).float().mean())
         self.settled += 1
         higher = [rate for rate in RATES if rate > self.rate]
         if self.settled >= SETTLED and self.told <= TOLD and higher:
@@ -93,15 +92,20 @@ class Replay:
         return mixed
 
 
+def _is_it_real(answers: Tensor) -> Tensor:
+    """The answers (N,) to that question: of several columns the first, the others may be of classes."""
+    return answers.flatten(1)[:, 0] if answers.ndim > 1 else answers
+
+
 def penalty_gradient(network: nn.Module, fakes_N1SS: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-    """Gradient, for each weight, of half the mean squared slope of the answers at generated images.
+    """Gradient, for each weight, of half the mean squared slope of the answers "is it real?" at generated images.
 
     The network is used as it is: hooks must be off. No patient is in it, so nothing is clipped and nothing noised.
     """
     weights = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
     images = fakes_N1SS.detach().requires_grad_()
     answers = torch.func.functional_call(network, weights, (images, labels_N))
-    (slopes,) = torch.autograd.grad(answers.sum(), images, create_graph=True)
+    (slopes,) = torch.autograd.grad(_is_it_real(answers).sum(), images, create_graph=True)
     penalty = slopes.flatten(1).square().sum(1).mean() / 2
     found = torch.autograd.grad(penalty, list(weights.values()), allow_unused=True)
     return {name: g for name, g in zip(weights, found, strict=True) if g is not None}
@@ -117,7 +121,11 @@ def descend(network: nn.Module, gradients: dict[str, Tensor], rate: float) -> No
 
 @torch.no_grad()
 def project_spectral(network: nn.Module) -> None:
-    """Divide each weight matrix (outputs x the rest) by its largest singular value where that exceeds 1."""
+    """Divide each weight matrix (outputs x the rest) by its largest singular value where that exceeds 1.
+
+    Of a convolution that is the flattened kernel. It lengthens no window of its input; the whole input by at most the
+    root of how many windows a pixel is in: 2 for 4 x 4 with stride 2.
+    """
     for weight in network.parameters():
         if weight.ndim > 1:
             weight.div_(torch.linalg.matrix_norm(weight.flatten(1), ord=2).clamp(min=1.0))
