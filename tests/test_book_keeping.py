@@ -135,6 +135,32 @@ def test_norm_layers(layer, n, row_losses):
     check(layer, row_losses, [numbers(n, 4, 3, 5)])
 
 
+@pytest.mark.parametrize(
+    ("layer", "one_row"),
+    [
+        (nn.Conv2d(2, 3, 3), numbers(1, 2, 5, 5)),
+        (nn.ConvTranspose2d(2, 3, 3, 2), numbers(1, 2, 5, 5)),
+        (nn.Linear(4, 3), numbers(1, 4)),
+        (nn.Linear(4, 3), numbers(1, 2, 4)),
+        (nn.Embedding(4, 5), torch.tensor([1])),
+        (nn.Embedding(4, 5), torch.tensor([[1, 2]])),
+        (nn.GroupNorm(2, 4), numbers(1, 4, 3, 5)),
+        (nn.InstanceNorm2d(4, affine=True), numbers(1, 4, 3, 5)),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_no_record_moves_nothing_in_any_layer(layer, one_row):
+    """A Poisson batch may be empty: no rows, and a sum of zeros in the weight's shape."""
+    network = copy.deepcopy(layer).double()
+    params = list(network.parameters())
+    rows = BookKeeping(network, params).backward(squares, [one_row[:0]])
+    assert rows.losses.shape == (0,)
+    for k, p in enumerate(params):
+        assert rows.values(k).shape == (0, p.numel())
+        assert rows.norms_PN()[k].shape == (0,)
+        assert torch.equal(rows.clipped(torch.zeros(0, dtype=torch.float64))[k], torch.zeros_like(p))
+
+
 class Mixed(nn.Module):
     """All kinds of layers; two of them are used twice, one is left out by the loss."""
 
