@@ -89,7 +89,7 @@ class Gan(_Part):
     attention: bool = False
     """Self-attention at the 8 x 8 grid (SAGAN, Zhang et al. 2019)."""
     weight_norm: bool = False
-    """Weight normalisation of the discriminator (Salimans and Kingma 2016)."""
+    """Weight normalisation of the convolutions of the discriminator's trunk (Salimans and Kingma 2016)."""
     minibatch_stddev: bool = False
     """Minibatch standard deviation (Karras et al. 2018): mixes patients, without privacy only."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -134,7 +134,7 @@ class Aggregation(_Part):
     """What is shared, and what hospitals do with the mean of their updates, each by itself and all the same."""
 
     share: Literal["both", "generator"] = "both"
-    """With "generator", each discriminator stays at its hospital, and half the bytes are sent."""
+    """With "generator", each discriminator stays at its hospital, and its bytes too: `study check` says how many."""
     optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
     """Outer optimiser: McMahan et al. 2017; Hsu et al. 2019; Reddi et al. 2021."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
