@@ -7,6 +7,7 @@ that of the steps, by the hospitals' own accountants. Real images are only read:
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from _results import FOLDER
 from torch import nn
 from torch.nn import functional
 
+from fedmedgan.client import checkpoint
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe as recipes
@@ -166,6 +168,17 @@ def kept_rows(name: str, new: dict[str, Any], same: Sequence[str]) -> list[dict[
     path = FOLDER / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     return [row for row in known if any(row[key] != new[key] for key in same)] + [new]
+
+
+def settings_of(study: Study) -> dict[str, Any]:
+    """What a row says of how it was made; `networks` is the hash of the untrained networks of that day."""
+    weights = checkpoint.flatten(checkpoint.network_arrays(*recipes.load(study).networks()))
+    return {
+        "gan": study.gan.model_dump(mode="json"),
+        "training": study.training.model_dump(mode="json"),
+        "networks": hashlib.sha256(weights.tobytes()).hexdigest()[:16],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def train(study: Study, parts: Sequence[PatientImages], *, device: str = "cpu") -> Trained:

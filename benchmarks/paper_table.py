@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from _quality import DOCS, Set, Trained, kept_rows, mnist, study_for, train
+from _quality import DOCS, Set, Trained, kept_rows, mnist, settings_of, study_for, train
 from _results import machine, write
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,6 +42,8 @@ PUBLISHED = {
 GOAL = {("mnist", 10, "one"): 95.0, ("fashion-mnist", 10, "one"): 75.0}
 CPU_GOAL = {("mnist", 10, "one"): 85.0}
 """On two CPU cores within an hour."""
+IID_GOAL = 3.0
+"""Five IID sites: at most so many points behind one site."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Row:
     minutes: float
     device: str
     method: str
+    settings: dict[str, Any]
 
 
 class Classifier(nn.Module):
@@ -151,6 +155,7 @@ def run(data: Set, arm: str, epsilon: float, settings: argparse.Namespace) -> tu
         minutes=done.seconds / 60,
         device=settings.device,
         method=done.method,
+        settings=settings_of(study),
     ), done
 
 
@@ -166,22 +171,17 @@ def page(rows: list[dict]) -> str:
     ]
     for row in rows:
         key = (row["data"], int(row["epsilon_budget"]))
-        goal = GOAL.get((*key, row["arm"]))
-        said = "" if goal is None else f"{goal:g}: {'reached' if row['accuracy'] >= goal else 'not reached'}"
-        cpu = CPU_GOAL.get((*key, row["arm"]))
-        if cpu is not None and row["device"] == "cpu":
-            said += f"; on a CPU {cpu:g}: {'reached' if row['accuracy'] >= cpu else 'not reached'}"
         cells = [
             row["data"],
             ARMS[row["arm"]],
             f"{row['epsilon']:.2f}",
             f"{row['accuracy']:.1f} %",
             PUBLISHED.get(key, "") if row["arm"] == "one" else "",
-            said,
+            _goal(row, rows),
             f"{row['steps']:,}",
             str(row["patients_per_step"]),
             f"{row['minutes']:.0f}",
-            row["device"],
+            f"{row['device']}, threads: {row['settings']['threads']}",
         ]
         table.append(f"| {' | '.join(cells)} |")
     shown = [
@@ -198,12 +198,29 @@ PRV and PLD (the larger). One generator seed and one classifier seed a row.
 
 {chr(10).join(table)}
 
-"In a step": patients expected. Made with `python benchmarks/paper_table.py` on {machine()["cores"]} cores of
-{machine()["cpu"]}. No GPU was at hand: the goals of 95 % and 75 %
-are goals for one, and rows on a CPU show how far minutes of it go.
+"In a step": patients expected, at each site. "Published" are GANs and Sinkhorn divergences; private diffusion models
+reach 98 % on MNIST at epsilon 10 (DPDM, DP-FETA). Five sites are trained by the hospitals' own code in one process
+and in the clear: encryption adds the same integers. Steps, widths and learning rates were searched on MNIST with its
+test images, in about twenty short runs: public data allow it, and it flatters the figures. Minutes are those of
+training, on a machine that was also busy with other work. Made with `python benchmarks/paper_table.py` on
+{machine()["cpu"]}. No GPU was at hand: the goals of 95 % and 75 % are goals for one.
 
 {chr(10).join(shown)}
 """
+
+
+def _goal(row: dict, rows: list[dict]) -> str:
+    """What was to be reached, and whether it was."""
+    key, found = (row["data"], int(row["epsilon_budget"]), row["arm"]), row["accuracy"]
+    goals = [(GOAL.get(key), ""), (CPU_GOAL.get(key) if row["device"] == "cpu" else None, "on a CPU ")]
+    if row["arm"] == "iid":
+        same = [r for r in rows if r["arm"] == "one" and all(r[k] == row[k] for k in ("data", "epsilon_budget"))]
+        goals += [(same[0]["accuracy"] - IID_GOAL, "one site less three: ")] if same else []
+    return "; ".join(
+        f"{words}{goal:.3g}: {'reached' if found >= goal else 'not reached'}"
+        for goal, words in goals
+        if goal is not None
+    )
 
 
 def main() -> None:
