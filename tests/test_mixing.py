@@ -52,6 +52,22 @@ class RECIPE(Base):
 """
 
 
+def in_the_fakes(code: str) -> str:
+    """A recipe that does this to the images `made` and `labels` of its fakes, with the images x and labels y drawn."""
+    return f"""
+class RECIPE(Base):
+    def discriminator_inputs(self, generator, records, fakes, random):
+        x, y, _ = records
+        labels = fakes.labels_F
+        with torch.no_grad():
+            made = generator(*fakes)
+        if len(x):
+{textwrap.indent(textwrap.dedent(code), " " * 12)}
+        is_real = (torch.arange(len(x) + len(made)) < len(x)).float()
+        return torch.cat([x, made]), torch.cat([y, labels]), is_real
+"""
+
+
 def in_the_losses(expression: str) -> str:
     """A recipe that returns this, of the losses l of its rows."""
     return f"""
@@ -126,6 +142,11 @@ class RECIPE(Base):
         x = torch.stack([self.pool[i % len(self.pool)] for i in range(len(x))]) if len(x) else x
         return super().discriminator_inputs(generator, Records(x, y, x), fakes, random)
 """,
+    "fakes with the labels of the drawn": in_the_fakes("labels = y.repeat(len(labels))[: len(labels)]"),
+    "fakes with the first label": in_the_fakes("labels = y[:1].expand(len(labels))"),
+    "fakes with the image of the first": in_the_fakes("made = 0.9 * made + 0.1 * x[:1]"),
+    "fakes with a mean of the images": in_the_fakes("made = made + 0.1 * x.mean(0)"),
+    "as many fakes as records": in_the_fakes("made, labels = made[: len(x)], labels[: len(x)]"),
     "a mean that runs": in_a_layer(
         "old = self.mean\nif len(x): self.mean = (0.9 * self.mean + 0.1 * x.mean(0)).detach()\nx = x - old",
         "self.mean = torch.zeros(1, 28, 28)",
@@ -167,6 +188,13 @@ def test_a_mixing_is_refused(study_with, text):
     with pytest.raises(PrivacyError) as caught:
         refuse_mixing(study_with(text, images={"classes": ("a", "b", "c")}))
     assert caught.value.code == "PRIVACY_MODEL"
+
+
+@pytest.mark.parametrize("name", [name for name in MIXINGS if name.startswith("fakes with the")])
+def test_the_probe_of_a_round_finds_fakes_that_depend_on_patients(study_with, name):
+    one = trainer_of(study_with(MIXINGS[name], images={"classes": ("a", "b", "c")}))
+    one.train(1)
+    assert one.checks["rows"] == "failed"
 
 
 @pytest.mark.parametrize("text", GENERATORS.values(), ids=GENERATORS.keys())

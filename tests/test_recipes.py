@@ -22,7 +22,8 @@ from fedmedgan.client.gans.parts.translation import degraded
 from fedmedgan.client.gans.recipe import Fakes, Recipe, Records
 from fedmedgan.client.training.estimate import refuse_mixing
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
-from fedmedgan.client.training.randomness import InsecureRandom, SystemRandom
+from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
+from fedmedgan.client.training.witness import NoWitness
 from fedmedgan.shared.errors import FedMedGanError, PrivacyError, StudyError
 from fedmedgan.shared.privacy.records import failed_checks
 from fedmedgan.shared.study import Study
@@ -126,15 +127,38 @@ def test_a_recipe_is_trained_and_no_check_fails(name, noise_multiplier):
         assert name not in FAST or one.method == "book-keeping"
 
 
+@pytest.mark.parametrize("clip_norm", [0.01, 1000.0], ids=["all are clipped", "none is clipped"])
 @pytest.mark.parametrize("name", KINDS)
-def test_without_a_patient_the_clipped_sum_moves_by_c_at_most(name):
-    """The sensitivity itself, of each network that sees patients, not by the witness but by leaving a record out."""
-    study = study_of(name)
-    one, full = trainer_of(study), records_of(study, 5)
+def test_without_a_patient_the_clipped_sum_moves_by_c_at_most(name, clip_norm):
+    """The sensitivity itself, of each network that sees patients: what the optimiser adds up, with and without one."""
+    study = study_of(name, privacy={"clip_norm": clip_norm})
+    full = records_of(study, 5)
     one_less = Records(*(part[1:] for part in full))
     for side in ("d", "g") if study.gan.private == "both" else ("d",):
-        moved = clipped_sum(one, side, full) - clipped_sum(one, side, one_less)
-        assert 0 < moved.norm() <= study.privacy.clip_norm * (1 + 1e-4)
+        one = trainer_of(study)
+        whole = sum_of_a_step(trainer_of(study), side, full)
+        moved = whole - sum_of_a_step(trainer_of(study), side, one_less)
+        assert 0 < moved.norm() <= clip_norm * (1 + 1e-4)
+        torch.testing.assert_close(whole, sum_of_a_loop(one, side, full), rtol=1e-3, atol=1e-4 * float(whole.norm()))
+
+
+class Alike(RandomSource):
+    """Every record gets the same draw, so that what is drawn for one does not depend on who else is there."""
+
+    name = "none"
+
+    def uniform(self, n):
+        return torch.full((n,), 0.4, dtype=torch.float64)
+
+    def normal(self, shape, std, device="cpu"):
+        return torch.full(tuple(shape), 0.3 * std, dtype=torch.float64, device=device)
+
+
+class Recorder(NoWitness):
+    """Keeps the clipped sum that a step adds noise to."""
+
+    def saw_step(self, clipped, gradients, divisor):
+        self.sum_D = torch.cat([g.detach().flatten() for g in clipped])
 
 
 def records_of(study: Study, n: int) -> Records:
@@ -143,23 +167,43 @@ def records_of(study: Study, n: int) -> Records:
     return Records(images, torch.arange(n) % len(study.images.classes), images.flip(3))
 
 
-def clipped_sum(one: LocalTrainer, side: str, records: Records) -> torch.Tensor:
-    """By a loop of plain autograd over records, each by itself, with the recipe's own functions and its own draws."""
-    recipe, network = one.recipe, one.d.network if side == "d" else one.g.network
-    weights = list(network.parameters())
+def fakes_of(study: Study, n: int = 3) -> Fakes:
+    latent = torch.randn(n, study.gan.latent, generator=torch.Generator().manual_seed(6))
+    return Fakes(latent, torch.arange(n) % len(study.images.classes))
+
+
+def asked(one: LocalTrainer, side: str, records: Records, fakes: Fakes) -> tuple:
+    """The inputs that a recipe makes of these records, and the losses of their rows."""
+    if side == "d":
+        return one.recipe.discriminator_inputs(one.generator, records, fakes, Alike()), one.recipe.discriminator_losses
+    frozen = one.discriminator.requires_grad_(False)
+    return one.recipe.generator_inputs(records, Alike()), lambda g, *rows: one.recipe.generator_losses(g, frozen, *rows)
+
+
+def sum_of_a_step(one: LocalTrainer, side: str, records: Records) -> torch.Tensor:
+    """By the private step, all at once."""
+    inputs, row_losses = asked(one, side, records, fakes_of(one.study))
+    step = getattr(one, side).step
+    step.optimizer.witness = witness = Recorder()
+    step.step(row_losses, inputs)
+    return witness.sum_D
+
+
+def sum_of_a_loop(one: LocalTrainer, side: str, records: Records) -> torch.Tensor:
+    """By plain autograd, each record by itself, then each fake by itself."""
+    network = getattr(one, side).network
+    weights, c = list(network.parameters()), one.study.privacy.clip_norm
     total = torch.zeros(sum(p.numel() for p in weights))
-    nobody = Fakes(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
-    for row in range(len(records.labels_R)):
-        alone = Records(*(part[row : row + 1] for part in records))
-        random = InsecureRandom(int(alone.images_R1SS.sum() * 1000))
-        if side == "d":
-            loss = recipe.discriminator_losses(
-                network, *recipe.discriminator_inputs(one.generator, alone, nobody, random)
-            )
-        else:
-            loss = recipe.generator_losses(network, one.discriminator, *recipe.generator_inputs(alone, random))
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights, materialize_grads=True)])
-        total += gradient * min(1.0, one.study.privacy.clip_norm / float(gradient.norm()))
+    nobody, no_fakes = Records(*(part[:0] for part in records)), fakes_of(one.study, 0)
+    alone = [(Records(*(part[i : i + 1] for part in records)), no_fakes) for i in range(len(records.labels_R))]
+    if one.recipe.fake_rows and side == "d":
+        fakes = fakes_of(one.study)
+        alone += [(nobody, Fakes(*(part[i : i + 1] for part in fakes))) for i in range(len(fakes.labels_F))]
+    for one_record, one_fake in alone:
+        inputs, row_losses = asked(one, side, one_record, one_fake)
+        found = torch.autograd.grad(row_losses(network, *inputs).sum(), weights, materialize_grads=True)
+        gradient = torch.cat([g.flatten() for g in found])
+        total += gradient * min(1.0, c / float(gradient.norm()))
     return total
 
 

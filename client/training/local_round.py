@@ -325,8 +325,9 @@ class LocalTrainer:
     def probe(self) -> None:
         """Before the first patient of a round and after the last: do rows of the recipe leave each other alone?
 
-        Random records of no patient, from randomness of their own. What is made of all but the first may not change
-        when the first does: neither the inputs (compared here), nor losses and gradients (shown to the witness).
+        Random records of no patient, from randomness of their own. What is made of all but the first, and all fakes,
+        may not change when the first gets other pixels and another label: neither the inputs (compared here), nor
+        losses and gradients (shown to the witness).
         """
         if self.d.step is None or not self.d.witness.watches:
             return
@@ -375,7 +376,7 @@ class LocalTrainer:
         )
         if not self.study.images.paired:
             targets = images
-        return Records(images, torch.arange(n) % classes, targets).to(self.device)
+        return Records(images, (torch.arange(n) + white) % classes, targets).to(self.device)
 
 
 class _Unweighted(nullcontext[nn.Module]):

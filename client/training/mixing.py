@@ -2,8 +2,9 @@
 
 The clipping of a record bounds what its patient can move only if nothing else in the step depends on the record. So
 batches of several sizes are put through the recipe, one record is changed (its image, its label, at either end) or
-taken away, and of all other records nothing may change: not what the recipe makes of them, not their losses, not their
-gradients. Nor may what reads no patient, the loss of a public generator say, know which records were shown.
+taken away, and of all other records and of all fakes nothing may change: not what the recipe makes of them, not their
+losses, not their gradients. Nor may what reads no patient, the loss of a public generator say, know which records were
+shown.
 
 It finds each mixing that an honest author came up with so far (tests/test_mixing.py), not one that hides: a rule that
 only certain images, or a step far from the first, would trigger. Recipes are code that a hospital installs and reads.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,13 @@ class _Same(RandomSource):
 
     def normal(self, shape: Sequence[int], std: float, device: torch.device | str = "cpu") -> Tensor:
         return torch.full(tuple(shape), 0.3 * std, dtype=torch.float64, device=device)
+
+
+class _Part(NamedTuple):
+    """What a step knows of each row, (rows, ...): first the records, then, of recipes with such rows, the fakes."""
+
+    of_records: Tensor
+    of_fakes: Tensor
 
 
 class Trial:
@@ -73,27 +82,33 @@ class Trial:
         yield "the first record is another", _joined(new, _rows(base, slice(1, n))), slice(1, n), slice(1, n)
         yield "the last record is another", _joined(_rows(base, slice(0, n - 1)), new), slice(0, n - 1), slice(0, n - 1)
         yield "the first record has another label", label, slice(1, n), slice(1, n)
-        if n > 1:
+        if n > 1 or self.recipe.fake_rows:
             yield "the first record is gone", _rows(base, slice(1, n)), slice(1, n), slice(0, n - 1)
             yield "the last record is gone", _rows(base, slice(0, n - 1)), slice(0, n - 1), slice(0, n - 1)
 
     def _compared(self, side: Side, one: Records, two: Records, kept: slice, kept_two: slice) -> str:
         first, second = self._parts(side, one), self._parts(side, two)
         for name in first:
-            a, b = first[name][kept].flatten(1), second[name][kept_two].flatten(1)
-            if bool(((a - b).norm(dim=1) > TOLERANCE * a.norm(dim=1) + 1e-9).any()) or not bool(b.isfinite().all()):
-                return name
+            for what, a, b in (
+                (name, first[name].of_records[kept], second[name].of_records[kept_two]),
+                (f"{name} of a fake", first[name].of_fakes, second[name].of_fakes),
+            ):
+                if a.shape != b.shape or not bool(b.isfinite().all()):
+                    return what
+                if bool(((a - b).norm(dim=1) > TOLERANCE * a.norm(dim=1) + 1e-9).any()):
+                    return what
         return ""
 
-    def _parts(self, side: Side, records: Records) -> dict[str, Tensor]:
-        """(records, ...) each: inputs, losses, gradients."""
+    def _parts(self, side: Side, records: Records) -> dict[str, _Part]:
+        """Inputs, losses, gradients."""
         assert side.step is not None
         n, (inputs, row_losses) = len(records.labels_R), self._asked(side, records)
         rows = side.step.gradients_of(row_losses, inputs)
         whole = torch.cat([rows.values(i) for i in range(len(rows.parts))], dim=1)
         losses = rows.losses.view(-1, rows.records).T
-        found = {f"input {i + 1}": x[:n].double().view(n, -1) for i, x in enumerate(inputs)}
-        return found | {"the loss": losses[:n].double(), "the gradient": whole[:n].double()}
+        found = {f"input {i + 1}": x.flatten(1) if x.dim() > 1 else x[:, None] for i, x in enumerate(inputs)}
+        found |= {"the loss": losses, "the gradient": whole}
+        return {name: _Part(x[:n].double(), x[n:].double()) for name, x in found.items()}
 
     def _asked(self, side: Side, records: Records) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
         if side is self.trainer.d:
