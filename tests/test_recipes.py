@@ -155,7 +155,13 @@ class Alike(RandomSource):
 
 
 class Recorder(NoWitness):
-    """Keeps the clipped sum that a step adds noise to."""
+    """Keeps the clipped sum that a step adds noise to, and who was drawn for each step."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def saw_draw(self, patients_B):
+        self.drawn.append(sorted(patients_B.tolist()))
 
     def saw_step(self, clipped, gradients, divisor):
         self.sum_D = torch.cat([g.detach().flatten() for g in clipped])
@@ -205,6 +211,18 @@ def sum_of_a_loop(one: LocalTrainer, side: str, records: Records) -> torch.Tenso
         gradient = torch.cat([g.flatten() for g in found])
         total += gradient * min(1.0, c / float(gradient.norm()))
     return total
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "both" in str(KINDS[name])])
+def test_each_private_network_draws_patients_of_its_own(name):
+    """Independent Poisson batches: one that both networks share would cost more than is booked."""
+    one = trainer_of(study_of(name))
+    one.d.witness, one.g.witness = Recorder(), Recorder()
+    one.train(4)
+    of_d, of_g = one.d.witness.drawn, one.g.witness.drawn
+    assert len(of_d) == len(of_g) == 4
+    assert all(a != b for a, b in zip(of_d, of_g, strict=True))
+    assert of_d[0] != of_d[1]
 
 
 @pytest.mark.parametrize("name", KINDS)
