@@ -6,8 +6,8 @@
     no-privacy     federated without clipping, noise or encryption: simulation only, never for real patients
 
 Each arm is trained by the very code of the hospitals (fedmedgan.client.training). Generated images are judged by
-training a small classifier on them and testing it on real images of other patients (TSTR); an image-to-image arm by how
-near it comes to the real target. A simulation may do that freely because its test patients are nobody's.
+training a small classifier on them and testing it on real images of other patients (TSTR), and by the measures of
+`quality`. A simulation may do that freely because its test patients are nobody's.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.pix2pix import Pix2Pix
-from fedmedgan.client.gans.recipe import Records, Synthesis
+from fedmedgan.client.gans.recipe import Synthesis
 from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.release import pictures
+from fedmedgan.client.release.duplicates import drop_duplicates
 from fedmedgan.client.release.evaluate import train_on_synthetic_test_on_real
+from fedmedgan.client.release.features import load_extractor
 from fedmedgan.client.release.generate import generate
-from fedmedgan.client.release.similarity import mae, psnr, ssim
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
@@ -45,9 +46,20 @@ from fedmedgan.shared.privacy.budget import preview
 from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.privacy.history import read as read_ledger
 from fedmedgan.shared.study import Aggregation, Study
-from fedmedgan.simulations import consortium, in_the_clear
+from fedmedgan.simulations import consortium, in_the_clear, quality
 
 SYNTHETIC_IMAGES = 2000
+EXTRACTOR = "arms/extractor.safetensors"
+GIVEN = "those that were given to test on, by the word of whoever ran this"
+DRAWN = "phantoms whom no hospital holds"
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What arms are tested on."""
+
+    folders: tuple[Path, ...]
+    whose: str
 
 
 @dataclass(frozen=True)
@@ -68,11 +80,19 @@ def refuse_training_images(run_folder: Path, study: Study, test_folders: Sequenc
         raise DataError("DATA_DUPLICATE", what, "--test", hint="test on images of other patients")
 
 
-def run(run_folder: Path, study: Study, *, test_folders: Sequence[Path], insecure_seed: int | None = None) -> Path:
+def run(
+    run_folder: Path,
+    study: Study,
+    *,
+    test_folders: Sequence[Path],
+    whose: str = GIVEN,
+    insecure_seed: int | None = None,
+) -> Path:
     """Train and judge all arms, two at a time, and write ``arms.json``.
 
     Args:
-        test_folders: labelled DICOM images of other patients, to test classifiers on; without, arms are only shown.
+        test_folders: labelled DICOM images of other patients, to test on; without, arms are only shown.
+        whose: whom they show, in words.
     """
     everybody, promise = tuple(site.name for site in study.sites), "private" if study.is_private else "WITHOUT privacy"
     arms = [_Arm("federated", f"federated, {promise}", study.is_private, everybody)]
@@ -82,24 +102,25 @@ def run(run_folder: Path, study: Study, *, test_folders: Sequence[Path], insecur
     if study.is_private:
         arms += [_Arm("no-privacy", "federated, WITHOUT privacy", False, everybody)]
     (run_folder / "arms").mkdir()
+    recipe, test = recipes.load(study), _Test(tuple(test_folders), whose)
+    if test.folders and not isinstance(recipe, Pix2Pix):
+        quality.extractor(study.images.size).save(run_folder / EXTRACTOR)
     workers = min(len(arms), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         # the longest first
         order = sorted(arms, key=lambda arm: (arm.name != "no-privacy", arm.name == "federated"))
-        jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test_folders, insecure_seed) for a in order}
-        classified = test_folders and _is_classified(study)
-        reference = pool.submit(_train_on_real, run_folder, study, test_folders) if classified else None
+        jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test, insecure_seed) for a in order}
+        compared = test.folders and isinstance(recipe, Synthesis)
+        reference = pool.submit(_real_baseline, run_folder, study, test) if compared else None
         rows = [jobs[arm.name].result() for arm in arms]
-        real = {"label": "train on real", "tstr": reference.result()} if reference else None
+        real = reference.result() if reference else None
     path = run_folder / "arms.json"
     path.write_text(json.dumps({"arms": rows} | ({"real": real} if real else {}), indent=1), encoding="utf-8")
     return path
 
 
-def _run_arm(
-    run_folder: Path, study: Study, arm: _Arm, test_folders: Sequence[Path], insecure_seed: int | None
-) -> dict[str, Any]:
+def _run_arm(run_folder: Path, study: Study, arm: _Arm, test: _Test, insecure_seed: int | None) -> dict[str, Any]:
     began = time.perf_counter()
     homes = [consortium.home_of(run_folder, name) for name in arm.sites]
     random: RandomSource = SystemRandom() if insecure_seed is None else InsecureRandom(insecure_seed)
@@ -117,45 +138,43 @@ def _run_arm(
         "delta": study.privacy.delta if arm.private else None,
         "picture": f"arms/{arm.name}.png",
         "seconds": seconds,
-        **_judged(run_folder, study, arm, generator, _test_sets(study, test_folders)),
+        **_judged(run_folder, study, arm, generator, test),
     }
 
 
-def _judged(
-    run_folder: Path, study: Study, arm: _Arm, generator: nn.Module, test: list[PatientImages]
-) -> dict[str, Any]:
+def _judged(run_folder: Path, study: Study, arm: _Arm, generator: nn.Module, test: _Test) -> dict[str, Any]:
     """A picture of what the generator makes, and how good it is, which depends on what it is for."""
     recipe, classes = recipes.load(study), len(study.images.classes)
     path = run_folder / "arms" / f"{arm.name}.png"
+    sets = _test_sets(study, test.folders)
     if not isinstance(recipe, Synthesis):
         sheet = pictures.grid(recipe.samples(generator, classes, SAMPLE_COLUMNS, study.gan.init_seed), SAMPLE_COLUMNS)
         path.write_bytes(pictures.png(sheet))
-        return {"similarity": _similarity(recipe, generator, test) if test and isinstance(recipe, Pix2Pix) else None}
+        if not sets:
+            return {}
+        if isinstance(recipe, Pix2Pix):
+            targets = [s.images_N1HW if s.targets_N1HW is None else s.targets_N1HW for s in sets]
+            wanted = np.concatenate(targets).astype(np.float32)
+            return {"similarity": quality.of_pairs(recipe, generator, *_pooled(sets), wanted, test.whose)}
+        features, names = load_extractor(run_folder / EXTRACTOR), study.images.classes
+        return {"translation": quality.of_translation(features, generator, *_pooled(sets), names, test.whose)}
     images, labels = generate(generator, study, SYNTHETIC_IMAGES, seed=study.gan.init_seed)
-    as_bytes = np.round((images + 1) * 127.5).astype(np.uint8)
-    np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels)
     path.write_bytes(pictures.png(pictures.by_class(images, labels, classes, SAMPLE_COLUMNS)))
-    judged = test and _is_classified(study)
-    return {"tstr": _tstr(study, images, labels, test) if judged else None, "images": f"arms/{arm.name}.npz"}
+    kept = drop_duplicates(images)
+    as_bytes = np.round((images[kept] + 1) * 127.5).astype(np.uint8)
+    np.savez_compressed(run_folder / "arms" / f"{arm.name}.npz", images_N1HW=as_bytes, labels_N=labels[kept])
+    written = {"images": f"arms/{arm.name}.npz", "images_kept": len(kept), "images_dropped": len(images) - len(kept)}
+    if not sets:
+        return written
+    features = load_extractor(run_folder / EXTRACTOR)
+    found = {"quality": quality.of_images(features, images, labels, _pooled(sets)[0], test.whose)}
+    judged = _is_classified(study)
+    return {**written, **found, "tstr": _tstr(study, images, labels, sets) if judged else None}
 
 
 def _is_classified(study: Study) -> bool:
     """Whether a classifier can judge the images: they are made from labels, of more than one class."""
     return isinstance(recipes.load(study), Synthesis) and len(study.images.classes) > 1
-
-
-def _similarity(recipe: Pix2Pix, generator: nn.Module, test: list[PatientImages]) -> dict[str, float | int]:
-    """Mean over the test images of what the generator makes of them, beside the input as it is."""
-    images, labels = _pooled(test)
-    targets = [t.images_N1HW if t.targets_N1HW is None else t.targets_N1HW for t in test]
-    records = Records(*(torch.from_numpy(a) for a in (images, labels, np.concatenate(targets).astype(np.float32))))
-    given, wanted = recipe.input_and_output(records, InsecureRandom(0))
-    with torch.no_grad():
-        made = torch.cat([generator(part) for part in given.split(64)]).clamp(-1, 1)
-    measures = {"psnr": psnr, "ssim": ssim, "mae": mae}
-    found = {name: float(measure(made, wanted).mean()) for name, measure in measures.items()}
-    untouched = {f"{name}_input": float(measure(given, wanted).mean()) for name, measure in measures.items()}
-    return {**found, **untouched, "tested_on": len(labels)}
 
 
 def _epsilon(study: Study, home: Path, arm: _Arm) -> float:
@@ -201,10 +220,15 @@ def _tstr(study: Study, images: np.ndarray, labels: np.ndarray, test: list[Patie
     }
 
 
-def _train_on_real(run_folder: Path, study: Study, test_folders: Sequence[Path]) -> dict[str, Any]:
-    """The same classifier, trained on the hospitals' own images together: a ceiling for synthetic ones."""
-    sets = [Hospital(home).load_patients() for home in consortium.homes(run_folder, study)]
-    return _tstr(study, *_pooled(sets), _test_sets(study, test_folders))
+def _real_baseline(run_folder: Path, study: Study, test: _Test) -> dict[str, Any]:
+    """The same of the hospitals' own images together: a ceiling for synthetic ones."""
+    images, labels = _pooled([Hospital(home).load_patients() for home in consortium.homes(run_folder, study)])
+    sets, features = _test_sets(study, test.folders), load_extractor(run_folder / EXTRACTOR)
+    some = np.random.default_rng(0).permutation(len(labels))[:SYNTHETIC_IMAGES]
+    held_out = _pooled(sets)[0]
+    found = quality.of_images(features, images[some], labels[some], held_out, test.whose, are_real=True)
+    judged = _is_classified(study)
+    return {"label": "train on real", "quality": found, "tstr": _tstr(study, images, labels, sets) if judged else None}
 
 
 def _test_sets(study: Study, folders: Sequence[Path]) -> list[PatientImages]:

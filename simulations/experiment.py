@@ -102,9 +102,10 @@ def run(
         progress.stop()
     if arms:
         console.print("comparison arms")
+        whose = comparison.GIVEN
         if not test_folders and not data and not pool:
-            test_folders = _test_phantoms(run_folder / "test", study)
-        comparison.run(run_folder, study, test_folders=test_folders, insecure_seed=insecure_seed)
+            test_folders, whose = _test_phantoms(run_folder / "test", study), comparison.DRAWN
+        comparison.run(run_folder, study, test_folders=test_folders, whose=whose, insecure_seed=insecure_seed)
     page = report.write(run_folder)
     return Finished(record.load(run_folder), page)
 

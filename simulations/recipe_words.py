@@ -98,19 +98,23 @@ def picture_rows(study: Study) -> list[str]:
     return [rows[i % len(rows)] for i in range(n)]
 
 
-def how_judged(study: Study, *, scored: bool, tested_on: int | None) -> str:
+def how_judged(study: Study, *, scored: bool, tested_on: int | None, masks: bool = False) -> str:
     """How arms are judged, or why they are not."""
     number = f"{tested_on} " if tested_on else ""
     if is_translation(study) and not study.gan.task:
-        return "Images of the domains are not paired, so there is no target to compare an output with: no score."
+        unpaired = "Images of the domains are not paired, so there is no target to compare an output with: "
+        as_sets = "what is made of images that were kept apart is compared with such images of the other, as sets."
+        return unpaired + (as_sets if scored else "no score.")
     if not is_translation(study) and len(study.images.classes) == 1:
         return "There is one class, so a classifier has nothing to tell apart: no train-on-synthetic score (TSTR)."
     if not scored:
         return "No real images of other patients were given to test on: no score."
     if is_translation(study):
+        overlap = " Targets are masks: Dice and IoU, more is better, of what is brighter than the middle."
         return (
             f"Outputs for {number}real images that were kept apart are compared with their targets: PSNR and SSIM, more"
             " is nearer, and mean absolute error (MAE), less is nearer. The inputs as they are stand beside them."
+            + (overlap if masks else "")
         )
     return (
         f"A classifier is trained on each arm's synthetic images alone and tested on {number}real images that were kept"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -52,6 +52,7 @@ from fedmedgan.simulations.events import (
 )
 
 E = TypeVar("E")
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 # ---- the comparison arms
@@ -88,8 +89,56 @@ class Similarity:
     psnr_input: float
     ssim_input: float
     mae_input: Annotated[float, Field(ge=0)]
+    dice: Share | None = None
+    """Dice and IoU of what is brighter than the middle, where the targets are masks."""
+    iou: Share | None = None
+    dice_input: Share | None = None
+    iou_input: Share | None = None
     tested_on: Count | None = None
     """Number of real images."""
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Measured:
+    """One measure of `fedmedgan.client.release.evaluate`."""
+
+    name: str
+    privacy: Literal["free", "public"]
+    values: dict[str, float]
+    settings: dict[str, float | str]
+    """Numbers of images, the extractor's hash: what makes numbers comparable."""
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class NotMeasured:
+    name: str
+    privacy: Literal["free", "public"]
+    reason: str
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Quality:
+    """An `Evaluation` of `fedmedgan.client.release`, as JSON; under the public rule, so nothing of it must stay."""
+
+    rule: Literal["public"]
+    must_stay: Literal[False]
+    statement: str
+    measurements: tuple[Measured, ...]
+    not_measured: tuple[NotMeasured, ...]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {name: value for m in self.measurements for name, value in m.values.items()}
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Translation:
+    """Held-out images of one domain beside those of the other, as they are and after the generator."""
+
+    source: str
+    target: str
+    before: Quality
+    after: Quality
 
 
 @checked_dataclass(frozen=True, config=STRICT)
@@ -104,15 +153,23 @@ class Arm:
     seconds: Seconds
     tstr: Utility | None = None
     similarity: Similarity | None = None
+    quality: Quality | None = None
+    """Of images made from noise, as sets."""
+    translation: tuple[Translation, ...] | None = None
     images: Annotated[str, Field(pattern=r"^arms/[a-z0-9-]+\.npz$")] | None = None
+    images_kept: Count | None = None
+    """In that file, after near-duplicates were dropped; scores are of all images."""
+    images_dropped: Count | None = None
 
 
 @checked_dataclass(frozen=True, config=STRICT)
 class RealBaseline:
-    """The same classifier trained on real images: what no synthetic image can be expected to beat."""
+    """The same of the hospitals' own images: what no synthetic image can be expected to beat."""
 
-    tstr: Utility
     label: str
+    tstr: Utility | None = None
+    """Of a classifier that learned from them."""
+    quality: Quality | None = None
 
 
 @checked_dataclass(frozen=True, config=STRICT)

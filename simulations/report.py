@@ -28,7 +28,7 @@ from fedmedgan.shared.privacy.events import TrainingSteps
 from fedmedgan.shared.study import Privacy, Study
 from fedmedgan.simulations import charts, recipe_words
 from fedmedgan.simulations.charts import PhaseTimes
-from fedmedgan.simulations.record import Arm, Hospital, Round, RunRecord, bytes_text, load, seconds_text
+from fedmedgan.simulations.record import Arm, Hospital, Quality, Round, RunRecord, bytes_text, load, seconds_text
 
 T = TypeVar("T")
 
@@ -36,6 +36,12 @@ SCHEMA_VERSION = "1"
 PACKAGES = ("fedmedgan", "torch", "opacus", "tenseal", "flwr")
 FILM_FRAMES = 12
 TABLE_ROWS = 40
+LOWER = {
+    "fid": ("FID", "{:.2f}"), "kid": ("KID", "{:.3f}"), "ms_ssim": ("MS-SSIM", "{:.2f}"),
+    "duplicate_rate": ("duplicates", "{:.1%}"),
+}  # fmt: skip
+"""Numbers of sets of images, their names and forms; lower is better."""
+HIGHER = {name: (name, "{:.2f}") for name in ("precision", "recall", "density", "coverage")}
 MAX_PICTURE_BYTES = 16 << 20
 
 ENDINGS = {
@@ -355,6 +361,10 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
         beside=_beside(run),
         arms=_arms(run),
         comparison=_comparison(run),
+        quality=_quality(run),
+        lower=LOWER,
+        higher=HIGHER,
+        translations=_translations(run),
         judged=_judged(run),
         colours={h.name: drawing.site_colour(i) for i, h in enumerate(run.hospitals)},
         traffic=_traffic_rows(found["rounds"]),
@@ -428,7 +438,7 @@ def _utility_rows(run: RunRecord) -> list[charts.UtilityRow]:
         if arm.tstr:
             scores = (arm.tstr.auc.mean, arm.tstr.auc.std), (arm.tstr.accuracy.mean, arm.tstr.accuracy.std)
             rows.append(charts.UtilityRow(arm.label, _arm_colour(run, arm), *scores))
-    if rows and run.real:
+    if rows and run.real and run.real.tstr:
         auc, accuracy = run.real.tstr.auc, run.real.tstr.accuracy
         scores = (auc.mean, auc.std), (accuracy.mean, accuracy.std)
         rows.append(charts.UtilityRow(run.real.label, drawing.MUTED, *scores))
@@ -458,7 +468,10 @@ def _untouched(run: RunRecord) -> dict[str, Any] | None:
     found = next((arm.similarity for arm in run.arms if arm.similarity), None)
     if found is None:
         return None
-    return {"label": "input as it is", "psnr": found.psnr_input, "ssim": found.ssim_input, "mae": found.mae_input}
+    return {
+        "label": "input as it is",
+        **{name: getattr(found, f"{name}_input") for name in ("psnr", "ssim", "mae", "dice", "iou")},
+    }
 
 
 def _shared(values: Sequence[T]) -> T | None:
@@ -470,10 +483,67 @@ def _judged(run: RunRecord) -> dict[str, Any]:
     """By what arms are judged: "tstr", "similarity" or nothing, and the sentence that says how, or why not."""
     by = {"tstr": any(a.tstr for a in run.arms), "similarity": any(a.similarity for a in run.arms)}
     scores = [a.tstr or a.similarity for a in run.arms]
+    masks = any(a.similarity.dice is not None for a in run.arms if a.similarity)
     words = recipe_words.how_judged(
-        run.study, scored=any(by.values()), tested_on=_shared([s.tested_on for s in scores if s])
+        run.study,
+        scored=any(by.values()) or any(a.translation for a in run.arms),
+        tested_on=_shared([s.tested_on for s in scores if s]),
+        masks=masks,
     )
-    return {"by": next((name for name, is_so in by.items() if is_so), ""), "words": words, "untouched": _untouched(run)}
+    by_one = next((name for name, is_so in by.items() if is_so), "")
+    return {"by": by_one, "words": words, "untouched": _untouched(run), "masks": masks}
+
+
+def _quality(run: RunRecord) -> dict[str, Any] | None:
+    """Arms as sets of images: a row each, then the hospitals' own images."""
+    rows = [(arm.label, arm.private, arm.quality) for arm in run.arms if arm.quality]
+    if not rows:
+        return None
+    if run.real and run.real.quality:
+        count = _settings([run.real.quality])["synthetic_images"]
+        rows.append((f"{count:.0f} of the hospitals' own images (not synthetic)", True, run.real.quality))
+
+    def cells(quality: Quality) -> list[str]:
+        return [_cell(quality, name, form) for name, (_, form) in {**LOWER, **HIGHER}.items()]
+
+    shown = [(label, private, cells(quality)) for label, private, quality in rows]
+    return {"rows": shown, **_how_measured([quality for _, _, quality in rows])}
+
+
+def _translations(run: RunRecord) -> dict[str, Any] | None:
+    """Images brought to the other domain, as sets: a row for the images as they are, then one an arm."""
+    arms = [(arm.label, arm.private, arm.translation) for arm in run.arms if arm.translation]
+    if not arms:
+        return None
+    forms = {"kid": "{:.3f}", "mmd": "{:.3f}"}
+
+    def cells(qualities: Sequence[Quality]) -> list[str]:
+        return [_cell(q, name, form) for q in qualities for name, form in forms.items()]
+
+    first = arms[0][2]
+    rows = [("as they are (no network)", True, cells([t.before for t in first]))]
+    rows += [(label, private, cells([t.after for t in found])) for label, private, found in arms]
+    return {
+        "ways": [f"{t.source} to {t.target}" for t in first],
+        "rows": rows,
+        **_how_measured([q for _, _, found in arms for t in found for q in (t.before, t.after)]),
+    }
+
+
+def _cell(quality: Quality, name: str, form: str) -> str:
+    return form.format(quality.numbers[name]).replace("%", " %") if name in quality.numbers else "not measured"
+
+
+def _how_measured(qualities: Sequence[Quality]) -> dict[str, Any]:
+    """What stands under a table of sets: on which images, through which extractor, and why a number is missing."""
+    reasons = [missing.reason for q in qualities for missing in q.not_measured]
+    words = {"statement": qualities[0].statement, "reasons": list(dict.fromkeys(reasons))}
+    return {**words, "settings": _settings(qualities)}
+
+
+def _settings(qualities: Sequence[Quality]) -> dict[str, float | str]:
+    """Of all measures together; where they differ, those of the first."""
+    return {k: v for q in reversed(qualities) for m in reversed(q.measurements) for k, v in m.settings.items()}
 
 
 def _comparison(run: RunRecord) -> str:

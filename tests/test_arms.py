@@ -10,18 +10,21 @@ import pytest
 from conftest import tiny_study
 from PIL import Image
 
+from fedmedgan.client.release.features import load_extractor
 from fedmedgan.simulations import arms, consortium, phantoms, record
 
 pytestmark = pytest.mark.slow
 
 
-def compare(folder: Path, **sections) -> record.RunRecord:
+def compare(folder: Path, others: int = 12, **sections) -> record.RunRecord:
     """The arms of a study that was prepared and not trained: its federated model is the initial one."""
-    data = {}
+    data, paired = {}, sections.get("images", {}).get("paired", False)
     for i in range(3):
         data[f"site-{i}"] = folder / f"own-{i}"
-        phantoms.write_hospital(data[f"site-{i}"], patients=24, seed=i, vendor=phantoms.vendor_for(i), size=32)
-    phantoms.write_hospital(folder / "others", patients=12, seed=90, vendor=phantoms.vendor_for(0), size=32)
+        vendor = phantoms.vendor_for(i)
+        phantoms.write_hospital(data[f"site-{i}"], patients=24, seed=i, vendor=vendor, size=32, paired=paired)
+    vendor = phantoms.vendor_for(0)
+    phantoms.write_hospital(folder / "others", patients=others, seed=90, vendor=vendor, size=32, paired=paired)
     study = consortium.prepare(tiny_study(3, **sections), folder / "run", data, device="cpu")
     arms.run(folder / "run", study, test_folders=[folder / "others"])
     return record.load(folder / "run")
@@ -46,11 +49,42 @@ def test_image_to_image_is_judged_by_its_distance_to_the_target(tmp_path):
     assert len({s.psnr for s in scores}) == len(scores), "every arm is another generator"
 
 
-def test_one_class_has_images_and_no_score(tmp_path):
+def test_segmentation_is_judged_by_the_overlap_of_masks(tmp_path):
+    gan = {"recipe": "pix2pix", "private": "both", "task": "paired"}
+    ran = compare(tmp_path, gan=gan, images={"paired": True})
+    for arm in ran.arms:
+        assert arm.similarity is not None
+        assert arm.similarity.dice is not None
+        assert 0 <= arm.similarity.iou <= arm.similarity.dice <= 1
+        assert arm.similarity.dice_input is not None
+    assert len({arm.similarity.iou for arm in ran.arms}) > 1, "arms are other generators"
+
+
+def test_domain_to_domain_is_judged_by_its_distance_to_the_other_domain(tmp_path):
+    ran = compare(tmp_path, others=60, gan={"recipe": "cyclegan", "private": "both"})
+    for arm in ran.arms:
+        assert arm.translation is not None
+        assert [(way.source, way.target) for way in arm.translation] == [("clear", "opacity"), ("opacity", "clear")]
+        for way in arm.translation:
+            assert set(way.before.numbers) == set(way.after.numbers) == {"kid", "kid_deviation", "mmd"}
+            assert way.before.numbers != way.after.numbers
+    assert len({json.dumps(arm.translation[0].before.numbers) for arm in ran.arms}) == 1, "nobody changes the input"
+    assert len({json.dumps(arm.translation[0].after.numbers) for arm in ran.arms}) == len(ran.arms)
+
+
+def test_one_class_has_images_that_are_judged_as_sets_and_no_classifier(tmp_path):
     ran = compare(tmp_path, gan={"recipe": "vanilla"}, images={"classes": ("any",)}, privacy="none")
     assert [arm.name for arm in ran.arms] == ["federated", *(f"alone-site-{i}" for i in range(3))]
     assert [(arm.private, arm.epsilon, arm.tstr, arm.similarity) for arm in ran.arms] == [(False, None, None, None)] * 4
-    assert ran.real is None
+    assert ran.real is not None
+    assert ran.real.tstr is None
+    for one in (*ran.arms, ran.real):
+        assert one.quality is not None
+        assert {"kid", "coverage", "ms_ssim", "duplicate_rate"} <= set(one.quality.numbers)
+        assert [missing.name for missing in one.quality.not_measured] == ["fid"], "of twenty images"
+    described = {m.settings["extractor_sha256"] for a in ran.arms for m in a.quality.measurements if m.name == "kid"}
+    assert described == {load_extractor(ran.folder / arms.EXTRACTOR).sha256}
     with np.load(ran.folder / "arms" / "federated.npz") as images:
         assert set(images["labels_N"]) == {0}
+        assert len(images["labels_N"]) == ran.arms[0].images_kept == arms.SYNTHETIC_IMAGES - ran.arms[0].images_dropped
     assert "WITHOUT privacy" in json.loads((ran.folder / "arms.json").read_text())["arms"][0]["label"]

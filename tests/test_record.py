@@ -218,20 +218,55 @@ class RunWriter:
         body: dict[str, Any] = {"arms": arms}
         if arms[0].get("tstr"):
             real_tstr = {"accuracy": {"mean": 0.93, "std": 0.008}, "auc": {"mean": 0.975, "std": 0.004}}
-            body["real"] = {"tstr": real_tstr, "label": "train on real"}
+            body["real"] = {"tstr": real_tstr, "label": "train on real", "quality": quality(9)}
         (self.folder / "arms.json").write_text(json.dumps(body))
 
     def score(self, arm: int, auc: float) -> dict[str, Any]:
         if self.study.gan.task:
             output = {"psnr": 20 + 5 * auc, "ssim": auc, "mae": 0.2 - 0.1 * auc}
+            output |= {"psnr_input": 19.3, "ssim_input": 0.7, "mae_input": 0.15, "tested_on": 243}
+            if self.study.gan.task == "paired":
+                output |= {"dice": auc, "iou": auc - 0.1, "dice_input": 0.3, "iou_input": 0.2}
+            return {"similarity": output}
+        if self.study.gan.private == "both":
+            ways = (("clear", "opacity"), ("opacity", "clear"))
             return {
-                "similarity": {**output, "psnr_input": 19.3, "ssim_input": 0.7, "mae_input": 0.15, "tested_on": 243}
+                "translation": [
+                    {"source": a, "target": b, "before": quality(None), "after": quality(None, arm)} for a, b in ways
+                ]
             }
-        if self.study.gan.private == "both" or len(self.study.images.classes) == 1:
-            return {"tstr": None}
+        written = {"images": f"arms/arm-{arm}.npz", "images_kept": 1999 - arm, "images_dropped": 1 + arm}
+        measured = {"quality": quality(arm), **written}
+        if len(self.study.images.classes) == 1:
+            return {"tstr": None, **measured}
         accuracy = {"mean": auc - 0.06, "std": 0.012 + 0.002 * arm}
         tstr = {"accuracy": accuracy, "auc": {"mean": auc, "std": 0.01 + 0.003 * arm}}
-        return {"tstr": {**tstr, "chance": 0.53, "tested_on": 243}}
+        return {"tstr": {**tstr, "chance": 0.53, "tested_on": 243}, **measured}
+
+
+def quality(arm: int | None, translated: int | None = None) -> dict[str, Any]:
+    """What `Evaluation.record` gives under the public rule: of images of noise, or of one domain beside the other."""
+    extractor = {"extractor_sha256": digest("features"), "extractor_trained_on": "drawn phantoms"}
+    settings = {"synthetic_images": 2000, "real_images": 243, "extractor_accuracy": 0.97, **extractor}
+    if arm is None:
+        kid = 0.9 if translated is None else 0.111 + 0.1 * translated
+        found = {"kid": {"kid": kid, "kid_deviation": 0.01}, "mmd": {"mmd": kid / 3}}
+        missing = []
+    else:
+        found = {
+            "ms_ssim": {"ms_ssim": 0.51}, "duplicates": {"duplicate_rate": (1 + arm) / 2000},
+            "kid": {"kid": 0.125 + arm, "kid_deviation": 0.01}, "precision_recall": {"precision": 0.61, "recall": 0.32},
+            "density_coverage": {"density": 1.13, "coverage": 0.44},
+        }  # fmt: skip
+        missing = [
+            {"name": "fid", "privacy": "public", "reason": "FID of 64 features needs at least 65 images; 30 given"}
+        ]
+    measurements = [
+        {"name": name, "privacy": "public", "values": values, "settings": settings} for name, values in found.items()
+    ]
+    statement = "The real images are public or drawn: phantoms whom no hospital holds"
+    parts = {"measurements": measurements, "not_measured": missing}
+    return {"rule": "public", "must_stay": False, "statement": statement, **parts}
 
 
 def build_run(folder: Path, study: Study | None = None) -> Path:
@@ -404,6 +439,13 @@ def test_scores_of_an_image_to_image_recipe_are_read(tmp_path: Path) -> None:
     assert scores is not None and run.arms[0].tstr is None
     assert (scores.psnr_input, scores.tested_on) == (19.3, 243)
     assert run.real is None
+
+
+def test_numbers_that_must_stay_at_a_hospital_are_refused(run_folder: Path) -> None:
+    path = run_folder / "arms.json"
+    path.write_text(path.read_text().replace('"must_stay": false', '"must_stay": true'))
+    with pytest.raises(RunError, match="RUN_RECORD"):
+        record.load(run_folder)
 
 
 def test_an_edited_study_is_refused(run_folder: Path) -> None:

@@ -358,6 +358,62 @@ def test_why_there_is_no_score_is_told(tmp_path: Path, parts: dict[str, Any], wh
     assert not [alt for alt in charts_of(page) if alt.startswith("Dot chart")]
 
 
+def row_of(page: Page, start: str) -> str:
+    """The words of the comparison from `start` on."""
+    words = page.words("comparison")
+    assert start in words, words
+    return words[words.index(start) :]
+
+
+def test_images_of_noise_are_shown_as_sets(finished: Path) -> None:
+    page, twin = Page((finished / "report.html").read_text()), twin_of(finished)
+    head = row_of(page, "lower is better")
+    names = "arm FID KID MS-SSIM duplicates precision recall density coverage"
+    assert head.startswith(f"lower is better higher is better {names}")
+    assert "together, private (this run) not measured 0.125 0.51 0.1 % 0.61 0.32 1.13 0.44" in head
+    assert "north alone, private not measured 1.125 0.51 0.1 % 0.61" in head
+    assert "2000 of the hospitals' own images (not synthetic) not measured 9.125" in head
+    assert "2 000 images of each arm, against 243" in head.replace("\u202f", " ")
+    assert "Not measured: FID of 64 features needs at least 65 images; 30 given." in head
+    (said,) = {m["settings"]["extractor_sha256"] for m in twin["arms"][0]["quality"]["measurements"]}
+    assert f"extractor {said}, trained on drawn phantoms" in head
+    assert "public or drawn: phantoms whom no hospital holds" in head
+    assert twin["arms"][1]["quality"]["measurements"][2]["values"]["kid"] == 1.125
+
+
+def test_how_many_near_duplicates_were_dropped_is_told(finished: Path) -> None:
+    words = Page((finished / "report.html").read_text()).words("comparison").replace("\u202f", " ")
+    assert "1 999 of 2 000 images are in arms/arm-0.npz; 1 near-duplicate dropped" in words
+    assert "1 998 of 2 000 images are in arms/arm-1.npz; 2 near-duplicates dropped" in words
+
+
+def test_one_class_has_its_images_shown_as_sets(tmp_path: Path) -> None:
+    page = words_of(tmp_path, **ONE_CLASS)
+    assert "together, private (this run) not measured 0.125" in row_of(page, "lower is better")
+
+
+def test_images_of_another_domain_are_shown_as_sets_before_and_after(tmp_path: Path) -> None:
+    page = words_of(tmp_path, **UNPAIRED)
+    head = row_of(page, "clear to opacity")
+    assert head.startswith("clear to opacity opacity to clear arm; lower is better KID MMD KID MMD")
+    assert "as they are (no network) 0.900 0.300 0.900 0.300" in head
+    assert "together, private (this run) 0.111 0.037 0.111 0.037" in head
+    assert "as sets" in page.words("comparison")
+    assert "no score" not in page.words("comparison")
+
+
+def test_overlap_is_shown_where_targets_are_masks_and_nowhere_else(
+    translated: tuple[Page, dict[str, Any]], tmp_path: Path
+) -> None:
+    gan = {"recipe": "pix2pix", "private": "both", "task": "paired"}
+    page = words_of(tmp_path, gan=gan, images={**SMALL, "paired": True})
+    assert "MAE Dice IoU" in page.words("comparison")
+    assert "0.1140 0.860 0.760" in row_of(page, "together, private")
+    assert "0.1500 0.300 0.200" in row_of(page, "input as it is (no network)")
+    assert "Targets are masks" in page.words("comparison")
+    assert "Dice" not in translated[0].words()
+
+
 def test_aggregation_and_what_is_shared(tmp_path: Path) -> None:
     aggregation = {"share": "generator", "optimizer": "fedadam", "learning_rate": 0.01}
     page = words_of(tmp_path, aggregation=aggregation)
@@ -467,6 +523,7 @@ def test_everything_from_files_is_escaped(run_folder: Path) -> None:
     arms = json.loads((run_folder / "arms.json").read_text())
     for arm in arms["arms"]:
         arm["label"] = HOSTILE
+        arm["quality"]["statement"] = arm["quality"]["not_measured"][0]["reason"] = HOSTILE
     arms["real"]["label"] = HOSTILE
     (run_folder / "arms.json").write_text(json.dumps(arms))
     change_line(run_folder / "hospitals/north/events.jsonl", 0, refused={HOSTILE: 3})
