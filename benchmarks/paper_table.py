@@ -205,7 +205,7 @@ test images, in about twenty short runs: public data allow it, and it flatters t
 training, on a machine that was also busy with other work. Made with `python benchmarks/paper_table.py` on
 {machine()["cpu"]}. No GPU was at hand: the goals of 95 % and 75 % are goals for one.
 
-{chr(10).join(shown)}
+{(chr(10) * 2).join(shown)}
 """
 
 
