@@ -87,14 +87,20 @@ class Setting:
     generator_lr: float = 1e-3
 
 
-ONE_SITE = {None: Setting(1000, 256), 10.0: Setting(600, 256), 3.0: Setting(600, 256), 1.0: Setting(400, 256)}
+ONE_SITE = {
+    None: Setting(1000, 256),
+    10.0: Setting(600, 256),
+    3.0: Setting(600, 256, discriminator_width=8),
+    1.0: Setting(400, 256, discriminator_width=8),
+}
 OF_FIVE = {
     None: Setting(400, 188),
     10.0: Setting(400, 188, discriminator_width=8, generator_lr=2e-3),
     3.0: Setting(400, 188, discriminator_width=8, generator_lr=2e-3),
     1.0: Setting(300, 188, discriminator_width=8, generator_lr=2e-3),
 }
-"""Each site adds noise for its own patients, so a step is noisier than one site's: fewer weights carry less of it."""
+"""Each site adds noise for its own patients, so a step is noisier than one site's. Where noise is high a narrower
+discriminator does better: fewer weights carry less of it."""
 
 
 @dataclass(frozen=True)
