@@ -164,22 +164,14 @@ def study_values(
         "name": "chest-xray",
         "sites": [{"name": site, "patients": count} for site, count in patients.items()],
         "images": {"size": SIZE, "classes": list(CLASSES), "modalities": ["CR", "DX"]},
-        "gan": {
-            "recipe": "acgan",
-            "generator_width": 16,
-            "discriminator_width": 8,
-            "norm": "none",
-            "generator_norm": "batch",
-            "ema": 0.9,
-        },
+        "gan": {"recipe": "cdcgan", "generator_width": 16, "discriminator_width": 8},
         "training": {
             "rounds": rounds,
             "local_steps": local_steps,
             "patients_per_step": patients_per_step,
-            "discriminator_steps": 4,
-            "discriminator_lr": 2e-3,
-            "generator_lr": 2e-3,
-            "real_label": 0.9,
+            "discriminator_steps": 5,
+            "discriminator_lr": 1e-3,
+            "generator_lr": 5e-4,
         },
         "privacy": {"epsilon": epsilon, "delta": 1e-4},
     }
@@ -365,7 +357,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder outside the repository; default: a new temporary one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--local-steps", type=int, default=20)
-    parser.add_argument("--patients-per-step", type=int, default=64)
+    parser.add_argument("--patients-per-step", type=int, default=32)
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()
