@@ -125,7 +125,7 @@ def degraded(task: str, images_N1SS: Tensor, random: RandomSource) -> Tensor:
     task                  input
     ====================  ================================================================================
     denoise               simulated low dose: noise whose variance grows with brightness, like counts of photons
-    super-resolution-2    mean of 2 x 2 pixels, copied back to size; super-resolution-4: of 4 x 4
+    super-resolution-2    mean of 2 x 2 pixels, brought to size by bicubic interpolation; super-resolution-4: of 4 x 4
     k-space               lines of k-space are left out at random, the rest transformed back: magnitude
     ====================  ================================================================================
     """
@@ -135,7 +135,7 @@ def degraded(task: str, images_N1SS: Tensor, random: RandomSource) -> Tensor:
     if task.startswith("super-resolution"):
         factor = int(task[-1])
         small = functional.avg_pool2d(images_N1SS, factor)
-        return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        return functional.interpolate(small, scale_factor=factor, mode="bicubic").clamp(-1, 1)
     lines = images_N1SS.shape[-1]
     chance = random.uniform(len(images_N1SS) * lines).view(-1, 1, lines, 1)
     middle = (torch.arange(lines) - lines // 2).abs() <= lines // 20
