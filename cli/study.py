@@ -98,8 +98,10 @@ def draw_cost(console: Console, study: Study, found: dict) -> None:
     if recipe["stabilisers"]:
         console.print(f"stabilisers: {', '.join(recipe['stabilisers'])}", markup=False, soft_wrap=True)
     if recipe["pretrained"]:
-        on = f", trained on {study.gan.pretrained_on}" if study.gan.pretrained_on else ""
-        said = f"starts from weights {recipe['pretrained'][:16]}{on}: to be given with --weights"
+        said = (
+            f"starts from weights {recipe['pretrained'][:16]}, trained on {study.gan.pretrained_on}:"
+            " to be given with --weights"
+        )
         console.print(said, markup=False, soft_wrap=True)
     columns = ["site", "patients", "weight", "rate q"]
     table = Table(*columns, *(["noise sigma", "epsilon, round 1", "epsilon, all"] if study.is_private else []))
@@ -117,6 +119,7 @@ def draw_cost(console: Console, study: Study, found: dict) -> None:
     if "parameters" not in found:
         console.print("bytes and time need the networks: pip install 'fedmedgan[hospital]'")
         return
+    console.print(f"a private record: {found['record']}", soft_wrap=True)
     up, down, plain = (found[f"bytes_{way}"] / 1e6 for way in ("up", "down", "float32"))
     console.print(
         f"shared: {recipe_words.shared_in_words(study)}, {found['parameters']:,} parameters; a round sends {up:.2f} MB"
@@ -161,12 +164,13 @@ def cost(study: Study) -> dict:
 def _size(study: Study) -> dict:
     """Bytes and seconds; nothing in a coordinator's install, which has no torch."""
     try:
-        from fedmedgan.client.training.estimate import parameters, step_seconds
+        from fedmedgan.client.training.estimate import parameters, record, step_seconds
     except ModuleNotFoundError:
         return {}
     n = parameters(study)
     blobs = update_blobs(study, n)
     return {
+        "record": record(study),
         "parameters": n,
         "bytes_up": max_frame_bytes(blobs, "update"),
         "bytes_down": max_frame_bytes(blobs, "sum"),

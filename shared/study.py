@@ -74,8 +74,8 @@ class Gan(_Part):
     """A file of the hospitals' installed package: docs/recipes.md."""
     private: Literal["discriminator", "both"] = "discriminator"
     """Networks whose training reads patients, as the recipe declares them. Steps of each are charged."""
-    task: Literal["", "denoise", "super-resolution-2", "super-resolution-4", "k-space", "paired"] = ""
-    """What an image-to-image recipe learns; empty for all others."""
+    task: Annotated[str, Field(pattern=r"^([a-z][a-z0-9-]{0,30})?$")] = ""
+    """What an image-to-image recipe learns, one of those that it knows; empty for all others."""
     latent: Annotated[int, Field(ge=2, le=1024)] = 64
     """Length of the latent vector."""
     generator_width: Annotated[int, Field(ge=4, le=256)] = 16
@@ -206,6 +206,9 @@ class Study(_Part):
             what, hint = "3-D recipes are not there: images have two dimensions", "train on slices"
             raise StudyError("CONFIG_RANGE", what, "images.dimensions", hint=hint)
         gan, t = self.gan, self.training
+        if bool(gan.pretrained) != bool(gan.pretrained_on.strip()):
+            what = "initial weights are named together with the public images that they were trained on"
+            raise StudyError("CONFIG_RANGE", what, "gan.pretrained_on", hint="set both, or neither")
         both = gan.private == "both"
         if self.is_private:
             mixing = {"gan.norm": gan.norm == "batch", "gan.minibatch_stddev": gan.minibatch_stddev}
@@ -215,7 +218,7 @@ class Study(_Part):
                 raise StudyError("PRIVACY_MODEL", what, where[0], hint='choose another, or set privacy = "none"')
             if both and t.replay:
                 what = "fakes are made of patients: replayed ones would use patients who were not sampled"
-                raise StudyError("PRIVACY_MODEL", what, "training.replay", hint='set it to 0, or privacy = "none"')
+                raise StudyError("PRIVACY_MODEL", what, "training.replay", hint="set it to 0")
             if both and (t.adaptive or t.local_steps % t.discriminator_steps):
                 what = "steps of the generator are charged, so their number in a round must be fixed"
                 hint = "make local_steps a multiple of discriminator_steps, and adaptive false"

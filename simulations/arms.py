@@ -30,8 +30,6 @@ from fedmedgan.client import pretrained
 from fedmedgan.client.cycle import Hospital
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.gans import recipe as recipes
-from fedmedgan.client.gans.pix2pix import Pix2Pix
-from fedmedgan.client.gans.recipe import Synthesis
 from fedmedgan.client.home import SAMPLE_COLUMNS
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.duplicates import drop_duplicates
@@ -103,7 +101,7 @@ def run(
         arms += [_Arm("no-privacy", "federated, WITHOUT privacy", False, everybody)]
     (run_folder / "arms").mkdir()
     recipe, test = recipes.load(study), _Test(tuple(test_folders), whose)
-    if test.folders and not isinstance(recipe, Pix2Pix):
+    if test.folders and recipe.judged in ("images", "domains"):
         quality.extractor(study.images.size).save(run_folder / EXTRACTOR)
     workers = min(len(arms), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
@@ -111,7 +109,7 @@ def run(
         # the longest first
         order = sorted(arms, key=lambda arm: (arm.name != "no-privacy", arm.name == "federated"))
         jobs = {a.name: pool.submit(_run_arm, run_folder, study, a, test, insecure_seed) for a in order}
-        compared = test.folders and isinstance(recipe, Synthesis)
+        compared = test.folders and recipe.judged == "images"
         reference = pool.submit(_real_baseline, run_folder, study, test) if compared else None
         rows = [jobs[arm.name].result() for arm in arms]
         real = reference.result() if reference else None
@@ -147,12 +145,12 @@ def _judged(run_folder: Path, study: Study, arm: _Arm, generator: nn.Module, tes
     recipe, classes = recipes.load(study), len(study.images.classes)
     path = run_folder / "arms" / f"{arm.name}.png"
     sets = _test_sets(study, test.folders)
-    if not isinstance(recipe, Synthesis):
+    if recipe.judged != "images":
         sheet = pictures.grid(recipe.samples(generator, classes, SAMPLE_COLUMNS, study.gan.init_seed), SAMPLE_COLUMNS)
         path.write_bytes(pictures.png(sheet))
-        if not sets:
+        if not sets or not recipe.judged:
             return {}
-        if isinstance(recipe, Pix2Pix):
+        if recipe.judged == "pairs":
             targets = [s.images_N1HW if s.targets_N1HW is None else s.targets_N1HW for s in sets]
             wanted = np.concatenate(targets).astype(np.float32)
             return {"similarity": quality.of_pairs(recipe, generator, *_pooled(sets), wanted, test.whose)}
@@ -174,7 +172,7 @@ def _judged(run_folder: Path, study: Study, arm: _Arm, generator: nn.Module, tes
 
 def _is_classified(study: Study) -> bool:
     """Whether a classifier can judge the images: they are made from labels, of more than one class."""
-    return isinstance(recipes.load(study), Synthesis) and len(study.images.classes) > 1
+    return recipes.load(study).judged == "images" and len(study.images.classes) > 1
 
 
 def _epsilon(study: Study, home: Path, arm: _Arm) -> float:

@@ -88,28 +88,24 @@ def stabilisers(study: Study) -> list[str]:
     return [word for word, is_set in words.items() if is_set]
 
 
-def picture_rows(study: Study) -> list[str]:
-    """What each row of a picture of samples shows, from top to bottom (`Recipe.samples`)."""
-    classes = list(study.images.classes)
-    if not is_translation(study):
-        return classes
-    rows = ["input", "output"] if study.gan.task else ["drawn input", *(f"as {name}" for name in classes)]
-    n = max(len(classes), len(rows))
-    return [rows[i % len(rows)] for i in range(n)]
+def how_judged(study: Study, judged: str, *, scored: bool, tested_on: int | None, masks: bool = False) -> str:
+    """How arms are judged, or why they are not.
 
-
-def how_judged(study: Study, *, scored: bool, tested_on: int | None, masks: bool = False) -> str:
-    """How arms are judged, or why they are not."""
+    Args:
+        judged: `Recipe.judged`.
+    """
     number = f"{tested_on} " if tested_on else ""
-    if is_translation(study) and not study.gan.task:
+    if not judged:
+        return "The recipe does not say what its images are to be compared with: no score."
+    if judged == "domains":
         unpaired = "Images of the domains are not paired, so there is no target to compare an output with: "
         as_sets = "what is made of images that were kept apart is compared with such images of the other, as sets."
         return unpaired + (as_sets if scored else "no score.")
-    if not is_translation(study) and len(study.images.classes) == 1:
+    if judged == "images" and len(study.images.classes) == 1:
         return "There is one class, so a classifier has nothing to tell apart: no train-on-synthetic score (TSTR)."
     if not scored:
         return "No real images of other patients were given to test on: no score."
-    if is_translation(study):
+    if judged == "pairs":
         overlap = " Targets are masks: Dice and IoU, more is better, of what is brighter than the middle."
         return (
             f"Outputs for {number}real images that were kept apart are compared with their targets: PSNR and SSIM, more"

@@ -10,8 +10,10 @@ import pytest
 from conftest import tiny_study
 from PIL import Image
 
+from fedmedgan.client import gans
+from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.release.features import load_extractor
-from fedmedgan.simulations import arms, consortium, phantoms, record
+from fedmedgan.simulations import arms, consortium, phantoms, recipe_words, record
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +72,32 @@ def test_domain_to_domain_is_judged_by_its_distance_to_the_other_domain(tmp_path
             assert way.before.numbers != way.after.numbers
     assert len({json.dumps(arm.translation[0].before.numbers) for arm in ran.arms}) == 1, "nobody changes the input"
     assert len({json.dumps(arm.translation[0].after.numbers) for arm in ran.arms}) == len(ran.arms)
+
+
+OWN = """
+from fedmedgan.client.gans.parts.translation import PatchDiscriminator, Translation, UNet
+class RECIPE(Translation):
+    tasks = ("inpaint",)
+    def build(self):
+        return UNet(self.images, self.gan), PatchDiscriminator(1, self.gan)
+    def samples(self, generator, rows, columns, seed):
+        return generator(self.public_images(rows * columns, seed))
+"""
+
+
+def test_a_recipe_of_ones_own_from_image_to_image_is_shown_without_a_score(tmp_path, monkeypatch):
+    """It needs no line outside its file: a task, rows and a way to be judged of its own, or none."""
+    monkeypatch.setattr(gans, "__path__", [*gans.__path__, str(tmp_path)])
+    (tmp_path / "own.py").write_text(OWN)
+    study = tiny_study(3, gan={"recipe": "own", "private": "both", "task": "inpaint"})
+    (tmp_path / "arms").mkdir()
+    phantoms.write_hospital(tmp_path / "others", patients=4, seed=9, vendor=phantoms.vendor_for(0), size=32)
+    arm, test = arms._Arm("federated", "federated", True, ("site-0",)), arms._Test((tmp_path / "others",), arms.DRAWN)
+    recipe = recipes.load(study)
+    assert arms._judged(tmp_path, study, arm, recipe.networks()[0], test) == {}
+    assert (tmp_path / "arms" / "federated.png").exists()
+    assert recipe.row_names() == ["as the recipe draws them"]
+    assert "no score" in recipe_words.how_judged(study, recipe.judged, scored=False, tested_on=None)
 
 
 def test_one_class_has_images_that_are_judged_as_sets_and_no_classifier(tmp_path):

@@ -142,6 +142,13 @@ class RECIPE(Base):
         x = torch.stack([self.pool[i % len(self.pool)] for i in range(len(x))]) if len(x) else x
         return super().discriminator_inputs(generator, Records(x, y, x), fakes, random)
 """,
+    "behind a coin, centred": in_the_inputs("if float(random.uniform(1)) > 0.5: x = x - x.mean(0)"),
+    "seldom, with the next": in_the_inputs(
+        "coins = random.uniform(len(x)).view(-1, 1, 1, 1).float()\nx = torch.where(coins > 0.97, x.roll(1, 0), x)"
+    ),
+    "noise that the size of the batch scales, for some": in_the_inputs(
+        "if float(random.uniform(1)) < 0.05: x = x * len(x)"
+    ),
     "fakes with the labels of the drawn": in_the_fakes("labels = y.repeat(len(labels))[: len(labels)]"),
     "fakes with the first label": in_the_fakes("labels = y[:1].expand(len(labels))"),
     "fakes with the image of the first": in_the_fakes("made = 0.9 * made + 0.1 * x[:1]"),
@@ -160,6 +167,25 @@ class RECIPE(Base):
     ),
     "a bare weight that no layer owns": in_a_layer("x = x * self.gain", "self.gain = nn.Parameter(torch.ones(1))"),
 }
+POOL = """
+from fedmedgan.client.gans.cyclegan import CycleGAN
+class RECIPE(CycleGAN):
+    def __init__(self, study):
+        super().__init__(study)
+        self.pool = []
+    def discriminator_inputs(self, generator, records, fakes, random):
+        images, made, own = super().discriminator_inputs(generator, records, fakes, random)
+        shown = []
+        for image in made:
+            if len(self.pool) < 50:
+                self.pool.append(image)
+            elif float(random.uniform(1)) > 0.5:
+                i = int(random.integers(1, 50))
+                self.pool[i], image = image, self.pool[i]
+            shown.append(image)
+        return images, torch.stack(shown) if shown else made, own
+"""
+"""The pool of 50 of the CycleGAN paper."""
 GENERATORS = {
     "a private generator's step": """
 class RECIPE(Pix2Pix):
@@ -202,6 +228,29 @@ def test_a_mixing_of_a_private_generator_is_refused(study_with, text):
     with pytest.raises(PrivacyError) as caught:
         refuse_mixing(study_with(text, gan={"private": "both", "task": "denoise"}))
     assert caught.value.code == "PRIVACY_MODEL"
+
+
+def test_a_mixing_of_batches_as_large_as_a_step_is_refused(study_with):
+    study = study_with(in_a_layer("if len(x) > 70: x = x - x.mean(0)"))
+    refuse_mixing(study)
+    large = study.training.model_copy(update={"patients_per_step": 40})
+    with pytest.raises(PrivacyError):
+        refuse_mixing(study.model_copy(update={"training": large}))
+
+
+def test_the_image_pool_of_the_cyclegan_paper_is_refused(study_with):
+    """A fake of a patient would come back in a step that did not draw that patient."""
+    with pytest.raises(PrivacyError) as caught:
+        refuse_mixing(study_with(POOL, gan={"private": "both"}, images={"classes": ("a", "b")}))
+    assert caught.value.code == "PRIVACY_MODEL"
+
+
+def test_the_probe_of_a_round_draws_anew(study_with):
+    """A mixing behind a coin shows in some round."""
+    one = trainer_of(study_with(MIXINGS["behind a coin, centred"], images={"classes": ("a", "b", "c")}))
+    for _ in range(12):  # two probes each: all of them on one side of the coin once in eight million
+        one.train(1)
+    assert one.checks["rows"] == "failed"
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -43,6 +43,7 @@ class CycleGAN(Translation):
     """generator(images, domain they shall come to), discriminator(images, domain they are to be of)."""
 
     record: ClassVar[str] = "an image of one of two domains"
+    judged = "domains"
 
     def __init__(self, study: Study) -> None:
         super().__init__(study)
@@ -85,6 +86,9 @@ class CycleGAN(Translation):
         domains = [torch.full((columns,), domain) for domain in (0, 1)]
         three = [images, generator(images, domains[0]), generator(images, domains[1])]
         return torch.cat([three[row % 3] for row in range(max(rows, 3))])
+
+    def row_names(self) -> list[str]:
+        return ["drawn input", *(f"as {name}" for name in self.images.classes)]
 
 
 RECIPE = CycleGAN

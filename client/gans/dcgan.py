@@ -40,6 +40,7 @@ class Discriminator(nn.Module):
 class DCGAN(Synthesis):
     """The losses of Goodfellow et al. 2014, which are the default."""
 
+    record = "an image"
     conditional = False
 
     def build(self) -> tuple[Generator, Discriminator]:

@@ -30,7 +30,8 @@ NEAR = 100.0
 class Pix2Pix(Translation):
     """Generator: U-Net on the input. Discriminator: patches of input and output side by side."""
 
-    record: ClassVar[str] = "an image with its target"
+    record: ClassVar[str] = "an image, with its target where the data has targets"
+    judged = "pairs"
     tasks: ClassVar[tuple[str, ...]] = ("denoise", "super-resolution-2", "super-resolution-4", "k-space", "paired")
 
     def __init__(self, study: Study) -> None:
@@ -78,6 +79,9 @@ class Pix2Pix(Translation):
         given, _ = self.input_and_output(records, InsecureRandom(seed))
         both = [given, generator(given)]
         return torch.cat([both[row % 2] for row in range(max(rows, 2))])
+
+    def row_names(self) -> list[str]:
+        return [("input", "output")[row % 2] for row in range(max(len(self.images.classes), 2))]
 
 
 RECIPE = Pix2Pix

@@ -67,6 +67,9 @@ class Recipe:
     """Whether fakes are rows of their own, made of no patient, in a public number; else each is part of a record."""
     method: ClassVar[Literal["auto", "functional"]] = "auto"
     """How gradients of single records are found; "functional" for losses with a gradient in them."""
+    judged: ClassVar[Literal["images", "pairs", "domains", ""]] = ""
+    """What the generator's images are compared with: real images, as sets; what each was to become (the recipe has
+    `input_and_output`); images of the other domain (generator(images_N1SS, domain_N)). Else they have no score."""
     tasks: ClassVar[tuple[str, ...]] = ("",)
     """Values of gan.task that this recipe knows."""
     conditional: ClassVar[bool] = True
@@ -136,6 +139,10 @@ class Recipe:
         """Images (rows * columns, 1, S, S) for a picture of what the model does; made of no patient."""
         raise NotImplementedError
 
+    def row_names(self) -> list[str]:
+        """What each row of `samples` shows, from top to bottom, where as many rows as classes are asked for."""
+        return ["as the recipe draws them"]
+
     def public_loss(self, generator: nn.Module, discriminator: nn.Module, fakes: Fakes) -> Tensor:
         """The generator's loss on what is made of no patient, so that it can be told."""
         return self.generator_loss(generator, discriminator, fakes)
@@ -157,6 +164,8 @@ class Synthesis(Recipe):
     A file defines `build`, and `row_losses` and `fake_loss` where it does not want those of Goodfellow et al. 2014. The
     generator is called as generator(latent_NZ, labels_N), the discriminator as discriminator(images_N1SS, labels_N).
     """
+
+    judged = "images"
 
     def row_losses(self, answers: Tensor, is_real_N: Tensor, labels_N: Tensor) -> Tensor:
         """Loss of each row by itself (N,); `is_real_N` is 1 for patients (less with label smoothing), 0 for fakes."""
@@ -192,6 +201,9 @@ class Synthesis(Recipe):
         labels = torch.arange(rows).repeat_interleave(columns) % len(self.images.classes)
         made: Tensor = generator(latent, labels)
         return made
+
+    def row_names(self) -> list[str]:
+        return list(self.images.classes)
 
 
 def shifted(images_N1SS: Tensor, down: int, right: int) -> Tensor:

@@ -46,6 +46,7 @@ class Discriminator(nn.Module):
 class Vanilla(Synthesis):
     """The losses of Goodfellow et al. 2014, which are the default."""
 
+    record = "an image"
     conditional = False
     ignores = ("gan.norm", "gan.generator_norm", "gan.attention", "gan.weight_norm", "gan.minibatch_stddev")
 

@@ -27,6 +27,11 @@ def parameters(study: Study) -> int:
     return sum(p.numel() for network in shared for p in network.parameters())
 
 
+def record(study: Study) -> str:
+    """What one private record of the study's recipe is, in words."""
+    return recipes.load(study).record
+
+
 def refuse_mixing(study: Study) -> None:
     """Refuse a recipe in which one record's part of a step depends on other records.
 

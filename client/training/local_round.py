@@ -204,7 +204,7 @@ class LocalTrainer:
             sampler,
             noise_multiplier=noise_multiplier if both else None,
             fakes=0,
-            method="auto",
+            method=self.recipe.method,
             random=random,
             witness=None,
         )
@@ -218,8 +218,12 @@ class LocalTrainer:
 
     @property
     def method(self) -> str:
-        """How gradients of single records are found: "book-keeping", "hooks", "functional", or "plain"."""
-        return self.d.step.method if self.d.step is not None else "plain"
+        """How gradients of single records are found: "book-keeping", "hooks", "functional", or "plain".
+
+        Where two networks are private and differ in it: of the discriminator, then of the generator.
+        """
+        found = [side.step.method for side in (self.d, self.g) if side.step is not None]
+        return ", ".join(dict.fromkeys(found)) or "plain"
 
     @property
     def checks(self) -> dict[str, str]:
@@ -331,18 +335,19 @@ class LocalTrainer:
         """
         if self.d.step is None or not self.d.witness.watches:
             return
+        seed = int(SystemRandom().integers(1, 2**31))  # of what is drawn for records: the same in both passes
         some, white = self._random_records(PROBE_ROWS), self._random_records(1, white=True)
         other = Records(*(torch.cat([w, part[1:]]) for w, part in zip(white, some, strict=True)))
         with self.g.frozen() as generator:
 
             def made_of(records: Records) -> tuple[Tensor, ...]:
                 fakes = self._new_fakes(2, torch.Generator().manual_seed(1))
-                return self.recipe.discriminator_inputs(generator, records, fakes, InsecureRandom(1))
+                return self.recipe.discriminator_inputs(generator, records, fakes, InsecureRandom(seed))
 
             inputs, changed = made_of(some), made_of(other)
         self._show_probe(self.d, self.recipe.discriminator_losses, inputs, changed)
         if self.g.step is not None:
-            pair = [self.recipe.generator_inputs(r, InsecureRandom(1)) for r in (some, other)]
+            pair = [self.recipe.generator_inputs(r, InsecureRandom(seed)) for r in (some, other)]
             with self.d.frozen() as discriminator:
 
                 def row_losses(generator: nn.Module, *rows: Tensor) -> Tensor:

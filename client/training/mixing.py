@@ -22,25 +22,38 @@ from torch import Tensor, nn
 from fedmedgan.client.gans.recipe import Fakes, Records
 from fedmedgan.client.training.local_round import LocalTrainer, Side
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource
+from fedmedgan.client.training.witness import LOUD
 
 SIZES = (1, 2, 5, 16, 64)
+"""Records in a batch whose gradients are compared; inputs and losses also at twice the study's step."""
 MOST_VALUES = 1 << 25
 """Of all records' gradients: a large network is tried with smaller batches."""
 TOLERANCE = 1e-3
 """How far a record may move, relative to itself: batches of another size are added in another order."""
 FAKES = 4
+DRAWS = (0.4, 0.02, 0.6, 0.98)
+"""What is drawn for every record: each side of a coin, and what happens seldom. Gradients are compared at the first."""
+MOST_PIXELS = 1 << 22
+"""Of the largest batch."""
 
 
 class _Same(RandomSource):
-    """The same number for everybody: who is drawn how does not depend on who else is there."""
+    """The same number for everybody: who is drawn how does not depend on who else is there.
+
+    Args:
+        draw: in [0, 1).
+    """
 
     name = "none"
 
+    def __init__(self, draw: float) -> None:
+        self.draw = draw
+
     def uniform(self, n: int) -> Tensor:
-        return torch.full((n,), 0.4, dtype=torch.float64)
+        return torch.full((n,), self.draw, dtype=torch.float64)
 
     def normal(self, shape: Sequence[int], std: float, device: torch.device | str = "cpu") -> Tensor:
-        return torch.full(tuple(shape), 0.3 * std, dtype=torch.float64, device=device)
+        return torch.full(tuple(shape), (self.draw - 0.1) * std, dtype=torch.float64, device=device)
 
 
 class _Part(NamedTuple):
@@ -64,20 +77,30 @@ class Trial:
 
     def found(self) -> str:
         """What depends on other records, in words; "" where nothing does."""
-        for size in SIZES:
-            base = self._records(size)
-            for side, name in ((self.trainer.d, "discriminator"), (self.trainer.g, "generator")):
-                if side.step is None or size > max(2, MOST_VALUES // _values(side.network)):
-                    continue
-                for what, other, kept, kept_other in self._variants(base):
-                    if problem := self._compared(side, base, other, kept, kept_other):
-                        return f"{problem} of the {name} changes when {what}, in a batch of {size}"
+        for draw in DRAWS:
+            for size in (*SIZES, self._largest()) if draw == DRAWS[0] else SIZES[2::2]:
+                base = self._records(size)
+                for side, name in ((self.trainer.d, "discriminator"), (self.trainer.g, "generator")):
+                    if side.step is None:
+                        continue
+                    deep = draw == DRAWS[0] and size in SIZES and size <= max(2, MOST_VALUES // _values(side.network))
+                    for what, other, kept, kept_other in self._variants(base):
+                        one, two = (self._parts(side, records, _Same(draw), deep=deep) for records in (base, other))
+                        if problem := _difference(one, two, kept, kept_other):
+                            return f"{problem} of the {name} changes when {what}, in a batch of {size}"
         return self._public_part()
+
+    def _largest(self) -> int:
+        """Twice the patients that a step expects, or as many as fit."""
+        t, images = self.trainer.study.training, self.trainer.study.images
+        return max(2, min(2 * t.patients_per_step, MOST_PIXELS // images.size**2))
 
     def _variants(self, base: Records) -> Iterator[tuple[str, Records, slice, slice]]:
         """What is done, the other records, and which rows of either must agree."""
         n, classes = len(base.labels_R), len(self.trainer.study.images.classes)
         new = self._records(1)
+        if n not in SIZES:  # one of very many moves a mean little, unless it is loud
+            new = new._replace(images_R1SS=LOUD * new.images_R1SS)
         label = base._replace(labels_R=torch.cat([(base.labels_R[:1] + 1) % classes, base.labels_R[1:]]))
         yield "the first record is another", _joined(new, _rows(base, slice(1, n))), slice(1, n), slice(1, n)
         yield "the last record is another", _joined(_rows(base, slice(0, n - 1)), new), slice(0, n - 1), slice(0, n - 1)
@@ -86,47 +109,39 @@ class Trial:
             yield "the first record is gone", _rows(base, slice(1, n)), slice(1, n), slice(0, n - 1)
             yield "the last record is gone", _rows(base, slice(0, n - 1)), slice(0, n - 1), slice(0, n - 1)
 
-    def _compared(self, side: Side, one: Records, two: Records, kept: slice, kept_two: slice) -> str:
-        first, second = self._parts(side, one), self._parts(side, two)
-        for name in first:
-            for what, a, b in (
-                (name, first[name].of_records[kept], second[name].of_records[kept_two]),
-                (f"{name} of a fake", first[name].of_fakes, second[name].of_fakes),
-            ):
-                if a.shape != b.shape or not bool(b.isfinite().all()):
-                    return what
-                if bool(((a - b).norm(dim=1) > TOLERANCE * a.norm(dim=1) + 1e-9).any()):
-                    return what
-        return ""
-
-    def _parts(self, side: Side, records: Records) -> dict[str, _Part]:
-        """Inputs, losses, gradients."""
+    def _parts(self, side: Side, records: Records, random: RandomSource, *, deep: bool) -> dict[str, _Part]:
+        """Inputs and losses, and, where it is asked for, gradients."""
         assert side.step is not None
-        n, (inputs, row_losses) = len(records.labels_R), self._asked(side, records)
-        rows = side.step.gradients_of(row_losses, inputs)
-        whole = torch.cat([rows.values(i) for i in range(len(rows.parts))], dim=1)
-        losses = rows.losses.view(-1, rows.records).T
+        n, (inputs, row_losses) = len(records.labels_R), self._asked(side, records, random)
         found = {f"input {i + 1}": x.flatten(1) if x.dim() > 1 else x[:, None] for i, x in enumerate(inputs)}
-        found |= {"the loss": losses, "the gradient": whole}
+        if deep:
+            rows = side.step.gradients_of(row_losses, inputs)
+            found["the loss"] = rows.losses.view(-1, rows.records).T
+            found["the gradient"] = torch.cat([rows.values(i) for i in range(len(rows.parts))], dim=1)
+        elif len(inputs[0]):
+            with torch.no_grad():
+                found["the loss"] = row_losses(side.network, *inputs).view(-1, len(inputs[0])).T
         return {name: _Part(x[:n].double(), x[n:].double()) for name, x in found.items()}
 
-    def _asked(self, side: Side, records: Records) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    def _asked(
+        self, side: Side, records: Records, random: RandomSource
+    ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
         if side is self.trainer.d:
             with self.trainer.g.frozen() as generator:
-                inputs = self.recipe.discriminator_inputs(generator, records, self.fakes, _Same())
+                inputs = self.recipe.discriminator_inputs(generator, records, self.fakes, random)
             return inputs, self.recipe.discriminator_losses
         frozen = self.trainer.discriminator
 
         def row_losses(generator: nn.Module, *rows: Tensor) -> Tensor:
             return self.recipe.generator_losses(generator, frozen, *rows)
 
-        return self.recipe.generator_inputs(records, _Same()), row_losses
+        return self.recipe.generator_inputs(records, random), row_losses
 
     def _public_part(self) -> str:
         """What is computed without noise, after each of two batches was shown: it must not know which."""
         values = []
         for records in (self._records(5), self._records(6)):
-            inputs, row_losses = self._asked(self.trainer.d, records)
+            inputs, row_losses = self._asked(self.trainer.d, records, _Same(DRAWS[0]))
             row_losses(self.trainer.discriminator, *inputs)
             discriminator = copy.deepcopy(self.trainer.discriminator)
             self.recipe.after_discriminator_step(discriminator)
@@ -151,6 +166,20 @@ class Trial:
         study = self.trainer.study
         labels = torch.arange(FAKES) % len(study.images.classes)
         return Fakes(self.random.normal((FAKES, study.gan.latent), 1.0).float(), labels)
+
+
+def _difference(one: dict[str, _Part], two: dict[str, _Part], kept: slice, kept_two: slice) -> str:
+    """What differs of the records that are in both, or of the fakes; "" where nothing does."""
+    for name in (name for name in one if name in two):
+        for what, a, b in (
+            (name, one[name].of_records[kept], two[name].of_records[kept_two]),
+            (f"{name} of a fake", one[name].of_fakes, two[name].of_fakes),
+        ):
+            if a.shape != b.shape or not bool(b.isfinite().all()):
+                return what
+            if bool(((a - b).norm(dim=1) > TOLERANCE * a.norm(dim=1) + 1e-9).any()):
+                return what
+    return ""
 
 
 def _rows(records: Records, at: slice) -> Records:
