@@ -9,9 +9,13 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from test_recipes import recipe_of_the_page, study_of, trainer_of, weights_of
 
 from fedmedgan.cli.main import app
+from fedmedgan.client import gans
+from fedmedgan.client.training.estimate import refuse_mixing
 from fedmedgan.shared.errors import HINTS
+from fedmedgan.shared.privacy.records import failed_checks
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -160,6 +164,22 @@ def test_commands_are_found_where_they_should_be():
     for name in ("deployment.md", "runbook.md", "site.README.md", "coordinator.README.md", "fedmedgan-site.service"):
         assert counted[name] > 0, name
     assert counted["deployment.md"] >= 20
+
+
+# ---- how a recipe is written
+
+
+def test_the_recipe_of_the_page_is_one_file_that_trains_privately(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(recipe_of_the_page())
+    monkeypatch.setattr(gans, "__path__", [*gans.__path__, str(tmp_path)])
+    study = study_of("mine")
+    refuse_mixing(study)
+    one = trainer_of(study)
+    before = weights_of(one)
+    one.train(3)
+    assert not any((a == b).all() for a, b in zip(before, weights_of(one), strict=True))
+    assert one.checks["rows"] == one.checks["clipping"] == "passed"
+    assert not failed_checks(one.checks)
 
 
 # ---- the threat model

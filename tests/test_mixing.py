@@ -276,7 +276,7 @@ def test_a_setting_that_a_recipe_has_no_use_for_is_refused(name, setting):
 
 
 UNSEEN = {
-    "a rule that random images do not trigger": in_a_layer("if -0.9 > x.mean(): x = x - x.mean(0)"),
+    "a rule that random images do not trigger": in_a_layer("if (x[:, :, 0] > 0.9).all(): x = x - x.mean(0)"),
     "a rule of a late step": in_a_layer("self.seen += 1\nif self.seen > 10_000: x = x - x.mean(0)"),
 }
 

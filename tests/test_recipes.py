@@ -19,7 +19,7 @@ from fedmedgan.client import gans
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.parts.translation import degraded
-from fedmedgan.client.gans.recipe import Fakes, Recipe, Records
+from fedmedgan.client.gans.recipe import Fakes, Recipe, Records, shifted
 from fedmedgan.client.training.estimate import refuse_mixing
 from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
@@ -332,56 +332,29 @@ def test_the_probe_passes_every_recipe(name):
     refuse_mixing(study_of(name))
 
 
-ON_THE_FLY = '''
-"""A recipe of a test's own: one file."""
-import torch
-from torch import nn
-from fedmedgan.client.gans.recipe import Synthesis
-
-class Generator(nn.Module):
-    def __init__(self, side, latent):
-        super().__init__()
-        self.side, self.layer = side, nn.Linear(latent, side * side)
-    def forward(self, latent, labels):
-        return torch.tanh(self.layer(latent)).view(-1, 1, self.side, self.side)
-
-class Discriminator(nn.Module):
-    def __init__(self, side):
-        super().__init__()
-        self.layer = nn.Linear(side * side, 1)
-    def forward(self, images, labels):
-        flat = images.flatten(1)
-        {extra}
-        return self.layer(flat).squeeze(1)
-
-class Mine(Synthesis):
-    def build(self):
-        return Generator(self.images.size, self.gan.latent), Discriminator(self.images.size)
-
-RECIPE = Mine
-'''
+PAGE = Path(__file__).parents[1] / "docs" / "write-a-recipe.md"
 MIXING = {
-    "honest": "",
-    "centres the batch": "flat = flat - flat.mean(0, keepdim=True)",
-    "passes a row on": "flat = flat + 0.01 * flat.roll(1, 0)",
-    "scales by the batch": "flat = flat / flat.std().clamp(min=1e-3)",
+    "centres the batch": "x = x - x.mean(0, keepdim=True)",
+    "passes a row on": "x = x + 0.01 * x.roll(1, 0)",
+    "scales by the batch": "x = x / x.std().clamp(min=1e-3)",
 }
 
 
+def recipe_of_the_page() -> str:
+    """The whole of a working recipe, as docs/write-a-recipe.md shows it; test_docs.py trains it as it is."""
+    _, _, after = PAGE.read_text().partition("The whole of a working recipe, `client/gans/mine.py`:\n\n```python\n")
+    return after.partition("```\n")[0]
+
+
 @pytest.mark.parametrize("extra", MIXING.values(), ids=MIXING.keys())
-def test_a_recipe_is_one_new_file_and_one_that_mixes_rows_is_refused(tmp_path, monkeypatch, extra):
-    name = f"mine{abs(hash(extra)) % 10_000}"
-    (tmp_path / f"{name}.py").write_text(ON_THE_FLY.replace("{extra}", extra or "pass"))
+def test_a_recipe_that_mixes_rows_is_refused(tmp_path, monkeypatch, extra):
+    name, line = f"mine{abs(hash(extra)) % 10_000}", "return self.layer(images.flatten(1))"
+    mixing = recipe_of_the_page().replace(line, f"x = images.flatten(1); {extra}; return self.layer(x)")
+    assert extra in mixing
+    (tmp_path / f"{name}.py").write_text(mixing)
     monkeypatch.setattr(gans, "__path__", [*gans.__path__, str(tmp_path)])
-    study = study_of(name)
-    if not extra:
-        refuse_mixing(study)
-        one = trainer_of(study)
-        one.train(3)
-        assert not failed_checks(one.checks)
-        return
     with pytest.raises(PrivacyError) as caught:
-        refuse_mixing(study)
+        refuse_mixing(study_of(name))
     assert caught.value.code == "PRIVACY_MODEL"
 
 
@@ -475,11 +448,22 @@ def test_weight_norm_falls_back_to_hooks_and_is_private():
 
 
 def test_views_are_in_one_clip():
-    """Four shifted copies of a patient are one record: the noise and the witness's row count stay the same."""
-    one = trainer_of(study_of("cdcgan", training={"views": 4}))
+    """Three shifted copies of a patient are one record: what is clipped is the gradient of the mean of their losses."""
+    study = study_of("cdcgan", training={"views": 3}, privacy={"clip_norm": 0.01})
+    one, total = trainer_of(study), 0.0
+    assert one.d.divisor == 2 * study.training.patients_per_step, "the noise stays the same"
+    inputs, _ = asked(one, "d", records_of(study, 5), fakes_of(study))
+    for image, label, is_real in zip(*(part.split(1) for part in inputs), strict=True):
+        copies = torch.cat([shifted(image, *by) for by in ((0, 0), (-1, 0), (0, -1))])
+        answers = one.discriminator(copies, label.expand(3))
+        loss = nn.functional.binary_cross_entropy_with_logits(answers, is_real.expand(3))
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(one.discriminator.parameters()))])
+        assert gradient.norm() > 0.01, "or the clip has nothing to do"
+        total += gradient * 0.01 / gradient.norm()
+    whole = sum_of_a_step(trainer_of(study), "d", records_of(study, 5))
+    torch.testing.assert_close(whole, total, rtol=1e-3, atol=1e-6)
     one.train(3)
     assert not failed_checks(one.checks)
-    assert one.d.divisor == 2 * one.study.training.patients_per_step
 
 
 UNUSED = [

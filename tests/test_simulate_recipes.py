@@ -28,9 +28,13 @@ pytestmark = pytest.mark.slow
 
 TIMEOUT = 900
 PRETRAINED = "pretrained"
+TASKS = ("super-resolution-2", "super-resolution-4", "k-space")
+"""Of pix2pix, next to its first, which is among KINDS."""
 SETTINGS: dict[str, dict] = {
     **{n.replace("_", "-"): {**kind, "gan": {"recipe": n, **kind.get("gan", {})}} for n, kind in KINDS.items()},
+    **{task: {"gan": {"recipe": "pix2pix", "private": "both", "task": task}} for task in TASKS},
     "paired": {"images": {"paired": True}, "gan": {"recipe": "pix2pix", "private": "both", "task": "paired"}},
+    "wgan-without-norm": {"gan": {**KINDS["wgan"]["gan"], "recipe": "wgan", "norm": "none"}},
     "generator-alone": {"aggregation": {"share": "generator", "optimizer": "fedadam", "learning_rate": 0.01}},
     "momentum": {"aggregation": {"optimizer": "fedavgm"}, "gan": {"weight_norm": True}},
     "all-at-once": {
@@ -117,15 +121,14 @@ def test_the_method_of_gradients_is_that_of_the_recipe(simulated):
     }
     assert found.pop("wgan-gp") == {"functional"}
     assert found.pop("momentum") == {"hooks"}, "weight normalisation"
-    assert {method for name in (*FAST, "paired", "generator-alone", "all-at-once") for method in found[name]} == {
-        "book-keeping"
-    }
+    fast = (*FAST, *TASKS, "paired", "wgan-without-norm", "generator-alone", "all-at-once")
+    assert {method for name in fast for method in found[name]} == {"book-keeping"}
 
 
 def test_steps_of_both_networks_are_charged_where_both_read_patients(simulated):
     steps = {name: record.load(simulated / name).study.steps_per_round for name in SETTINGS}
     both = {name for name, sections in SETTINGS.items() if sections.get("gan", {}).get("private") == "both"}
-    assert both >= {"pix2pix", "cyclegan", "paired"}
+    assert both >= {"pix2pix", "cyclegan", "paired", *TASKS}
     assert steps == {name: 6 if name in both else 4 for name in SETTINGS}
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_recipes import study_of, trainer_of, weights_of
+from test_recipes import fakes_of, records_of, some_patients, study_of, trainer_of, weights_of
 from torch import nn
+from torch.nn import functional
 
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.recipe import shifted
 from fedmedgan.client.gans.wgan import CLIP
 from fedmedgan.client.training import stabilisers
+from fedmedgan.client.training.local_round import LocalTrainer, PatientSampler
+from fedmedgan.client.training.randomness import InsecureRandom
 from fedmedgan.client.training.stabilisers import RATES, SETTLED, Replay, Turns
 from fedmedgan.shared.privacy.records import failed_checks
+from fedmedgan.shared.study import Study
 
 
 def test_turns_come_at_the_rate():
@@ -44,6 +48,22 @@ def test_turns_go_on_from_round_to_round():
     assert again.rate > 1
 
 
+@pytest.mark.parametrize(("answer", "turns"), [(100.0, 7), (-100.0, 12)], ids=["taken for real", "told"])
+def test_the_generators_turns_become_rarer_where_its_fakes_are_not_told(monkeypatch, answer, turns):
+    """In 12 steps, at 1, 2, 3, then every 2nd, at 4, 6, 8, then every 5th, at 10."""
+    monkeypatch.setattr(stabilisers, "SETTLED", 3)
+    monkeypatch.setattr(stabilisers, "DECAY", 0.5)
+    one = trainer_of(study_of("cdcgan", training={"adaptive": True}))
+    with torch.no_grad():
+        one.discriminator.heads.bias.fill_(answer)
+    one.train(12)
+    assert steps_of(one.g.adam) == turns
+
+
+def steps_of(adam: torch.optim.Adam) -> int:
+    return int(next(iter(adam.state.values()))["step"])
+
+
 def test_replay_mixes_in_earlier_fakes_and_leaves_patients_alone():
     replay = Replay(0.5, torch.Generator().manual_seed(1))
     for step in range(3):
@@ -57,6 +77,26 @@ def test_replay_mixes_in_earlier_fakes_and_leaves_patients_alone():
     assert all(float(kept[0].max()) < 100 for kept in replay.kept), "nobody's image is kept"
     off = Replay(0.0, torch.Generator())
     assert off.mixed((images, labels), 4)[0] is images
+
+
+def test_replayed_fakes_reach_the_private_step(monkeypatch):
+    """Each fake shows the number of the step that it was made in; half of the six come back from earlier steps."""
+    one = trainer_of(study_of("cdcgan", training={"replay": 0.5, "discriminator_steps": 10}))
+    drawn, given = [], []
+    draw, step = one.sampler.draw, one.d.step.step
+    monkeypatch.setattr(one.sampler, "draw", lambda: drawn.append(draw()) or drawn[-1])
+    monkeypatch.setattr(one.d.step, "step", lambda losses, inputs: given.append(inputs) or step(losses, inputs))
+    monkeypatch.setattr(one.generator, "forward", lambda z, y: torch.full((len(z), 1, 28, 28), float(len(drawn))))
+    one.train(4)
+    for now, (batch, (images, labels, is_real)) in enumerate(zip(drawn, given, strict=True), 1):
+        n = len(batch.patients_B)
+        assert torch.equal(images[:n], batch.records.images_R1SS)
+        assert torch.equal(labels[:n], batch.records.labels_R)
+        assert torch.equal(is_real, torch.tensor([1.0] * n + [0.0] * 6))
+        made_in = images[n:, 0, 0, 0].tolist()
+        assert made_in.count(now) == (6 if now == 1 else 3)
+        assert set(made_in) <= set(range(1, now + 1))
+    assert not failed_checks(one.checks)
 
 
 def test_the_penalty_is_the_slope_at_fakes_by_finite_differences():
@@ -126,7 +166,11 @@ def test_the_projection_brings_singular_values_to_one_at_most():
 
 @pytest.mark.parametrize("spectral", [False, True])
 def test_the_critic_of_wgan_is_limited_after_each_step(spectral):
+    """From weights far above either limit, so that there is something to do."""
     one = trainer_of(study_of("wgan", training={"spectral_projection": spectral}))
+    with torch.no_grad():
+        for weight in one.discriminator.parameters():
+            weight.mul_(100)
     one.train(3)
     for weight in one.discriminator.parameters():
         if not spectral:
@@ -154,6 +198,30 @@ def test_a_shift_moves_images_by_whole_pixels():
     assert torch.equal(shifted(images, 0, 0), images)
 
 
+def test_the_losses_of_views_are_those_of_shifted_copies():
+    """By a loop: each row's loss is shared by the image as it is and those moved up and left by a pixel."""
+    one = trainer_of(study_of("cdcgan", training={"views": 3}))
+    inputs = one.recipe.discriminator_inputs(one.generator, records_of(one.study, 4), fakes_of(one.study), one.random)
+    found = one.recipe.discriminator_losses(one.discriminator, *inputs)
+    wanted = []
+    for down, right in ((0, 0), (-1, 0), (0, -1)):
+        for image, label, is_real in zip(*inputs, strict=True):
+            answer = one.discriminator(shifted(image[None], down, right), label[None])
+            wanted.append(functional.binary_cross_entropy_with_logits(answer, is_real[None]) / 3)
+    torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("name", ["cdcgan", "pix2pix"])
+def test_each_network_has_its_own_learning_rate(name):
+    """Two time scales (Heusel et al. 2017). Adam's first step is as long as the rate, whatever the gradient."""
+    one = trainer_of(study_of(name, training={"discriminator_lr": 3e-3, "generator_lr": 7e-4}))
+    of_generator, before = len(list(one.generator.parameters())), weights_of(one)
+    one.train(1)
+    moved = [float((a - b).abs().max()) for a, b in zip(before, weights_of(one), strict=True)]
+    assert max(moved[:of_generator]) == pytest.approx(7e-4, rel=1e-2)
+    assert max(moved[of_generator:]) == pytest.approx(3e-3, rel=1e-2)
+
+
 CURES = {
     "adaptive": {"training": {"adaptive": True}},
     "real_label": {"training": {"real_label": 0.9}},
@@ -168,13 +236,44 @@ CURES = {
 }
 
 
+def test_the_same_draws_train_the_same_weights():
+    """Or the next test would find a difference in everything."""
+    assert same(trained(study_of("cdcgan")), trained(study_of("cdcgan")))
+
+
 @pytest.mark.parametrize("sections", CURES.values(), ids=CURES.keys())
-def test_every_cure_trains_privately(sections):
-    one = trainer_of(study_of("cdcgan", **sections))
-    losses = one.train(4)
-    assert np.isfinite([losses.generator, losses.discriminator_on_fakes]).all()
+def test_every_cure_trains_privately_and_not_what_is_trained_without_it(sections, monkeypatch):
+    """The same draws, so what differs is the cure. Weights start large, and the rate rises at once."""
+    monkeypatch.setattr(stabilisers, "SETTLED", 1)
+    monkeypatch.setattr(stabilisers, "TOLD", 1.0)
+    one = trained(study_of("cdcgan", **sections))
+    assert not same(one, trained(study_of("cdcgan")))
+    assert all(weight.isfinite().all() for weight in weights_of(one))
     assert not failed_checks(one.checks)
     assert one.checks["rows"] == "passed"
+
+
+def trained(study: Study) -> LocalTrainer:
+    random = InsecureRandom(1)
+    sampler = PatientSampler(some_patients(study), 0.25, random)
+    one = LocalTrainer(
+        study,
+        *recipes.load(study).networks(),
+        sampler,
+        noise_multiplier=1.0,
+        random=random,
+        device=torch.device("cpu"),
+    )
+    with torch.no_grad():
+        for weight in one.discriminator.parameters():
+            weight.mul_(10)
+    one.train(4)
+    return one
+
+
+def same(one: LocalTrainer, two: LocalTrainer) -> bool:
+    first, second = weights_of(one), weights_of(two)
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_penalty_on_fakes_flattens_the_discriminator():

@@ -24,8 +24,9 @@ from fedmedgan.client.training.local_round import LocalTrainer, Side
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource
 from fedmedgan.client.training.witness import LOUD
 
-SIZES = (1, 2, 5, 16, 64)
-"""Records in a batch whose gradients are compared; inputs and losses also at twice the study's step."""
+SMALL, LARGE = (1, 2, 5, 16), 64
+"""Records in a batch. Gradients are compared in small ones; inputs and losses also in large ones, and in one of twice
+the patients of a step."""
 MOST_VALUES = 1 << 25
 """Of all records' gradients: a large network is tried with smaller batches."""
 TOLERANCE = 1e-3
@@ -78,14 +79,15 @@ class Trial:
     def found(self) -> str:
         """What depends on other records, in words; "" where nothing does."""
         for draw in DRAWS:
-            for size in (*SIZES, self._largest()) if draw == DRAWS[0] else SIZES[2::2]:
+            for size in (*SMALL, LARGE, self._largest()) if draw == DRAWS[0] else (SMALL[-1], LARGE):
                 base = self._records(size)
                 for side, name in ((self.trainer.d, "discriminator"), (self.trainer.g, "generator")):
                     if side.step is None:
                         continue
-                    deep = draw == DRAWS[0] and size in SIZES and size <= max(2, MOST_VALUES // _values(side.network))
+                    deep = draw == DRAWS[0] and size in SMALL and size <= max(2, MOST_VALUES // _values(side.network))
+                    one = self._parts(side, base, _Same(draw), deep=deep)
                     for what, other, kept, kept_other in self._variants(base):
-                        one, two = (self._parts(side, records, _Same(draw), deep=deep) for records in (base, other))
+                        two = self._parts(side, other, _Same(draw), deep=deep)
                         if problem := _difference(one, two, kept, kept_other):
                             return f"{problem} of the {name} changes when {what}, in a batch of {size}"
         return self._public_part()
@@ -99,7 +101,7 @@ class Trial:
         """What is done, the other records, and which rows of either must agree."""
         n, classes = len(base.labels_R), len(self.trainer.study.images.classes)
         new = self._records(1)
-        if n not in SIZES:  # one of very many moves a mean little, unless it is loud
+        if n not in SMALL:  # one of very many moves a mean little, unless it is loud
             new = new._replace(images_R1SS=LOUD * new.images_R1SS)
         label = base._replace(labels_R=torch.cat([(base.labels_R[:1] + 1) % classes, base.labels_R[1:]]))
         yield "the first record is another", _joined(new, _rows(base, slice(1, n))), slice(1, n), slice(1, n)
