@@ -87,6 +87,10 @@ def phantoms_of(size: int) -> Tensor:
     return torch.from_numpy(images[:, None].astype(np.float32) * 2 - 1)
 
 
+def _twice_as_large(images: Tensor) -> Tensor:
+    return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
 def scored(task: str, arm: str, made: Tensor, wanted: Tensor, epsilon: float | None, minutes: float) -> Row:
     """Outputs are judged as images: cut to [-1, 1]."""
     made = made.clamp(-1, 1)
@@ -147,7 +151,7 @@ def pix2pix(task: str, data: Set, settings: argparse.Namespace) -> list[Row]:
     with torch.no_grad():
         made = network(given)
     rows.append(scored(task, "plain U-Net, all images, WITHOUT privacy", made, wanted, None, longest / 60))
-    strip = [(name, pictures.grid(images[:SHOWN], 2)) for name, images in shown]
+    strip = [(name, pictures.grid(_twice_as_large(images[:SHOWN]), 4)) for name, images in shown]
     (DOCS / "translation").mkdir(parents=True, exist_ok=True)
     (DOCS / "translation" / f"{task}.png").write_bytes(pictures.png(pictures.film_strip(strip)))
     return rows
@@ -217,7 +221,7 @@ def cyclegan(settings: argparse.Namespace) -> list[Style]:
             print(rows[-1], flush=True)
             with torch.no_grad():
                 shown.append((f"as {data.classes[other]}", done.generator(phantom, torch.full((len(phantom),), other))))
-        strip = [(name, pictures.grid(images[:SHOWN], 2)) for name, images in shown]
+        strip = [(name, pictures.grid(_twice_as_large(images[:SHOWN]), 4)) for name, images in shown]
         name = "cyclegan-none" if epsilon is None else "cyclegan-private"
         (DOCS / "translation").mkdir(parents=True, exist_ok=True)
         (DOCS / "translation" / f"{name}.png").write_bytes(pictures.png(pictures.film_strip(strip)))
@@ -242,15 +246,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         picture = f"![Drawn phantoms, what each arm makes of them, and the target](translation/{task}.png)"
         blocks += [f"## pix2pix: {words}\n\n{chr(10).join(lines)}\n\n{picture}"] if found else []
     styles = [r for r in rows if r["task"] == "cyclegan"]
-    lines = ["| | MMD before | after | SSIM to its source | rounds x steps | minutes |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {s['arm']} | {s['before']:.4f} | {s['after']:.4f} | {s['kept']:.3f} | {_steps(s)} | {s['minutes']:.1f} |"
-        for s in styles
-    ]
-    strips = "\n\n".join(
-        f"![Drawn phantoms and their translations, {name}](translation/cyclegan-{name}.png)"
-        for name in ("none", "private")
-    )
+    blocks += [_of_styles(styles)] if styles else []
     return f"""\
 # Image to image: pix2pix and cyclegan on real radiographs
 
@@ -262,26 +258,37 @@ thread of {machine()["cpu"]} that was also busy with other work.
 
 {(chr(10) * 2).join(blocks)}
 
-## cyclegan: the style of one hospital to that of the other
-
-Radiographs of two hospitals (chest-xray-sites), 32 x 32, two sites of each hospital: no site has both styles. Epsilon
-at most {EPSILON:g}, of each patient with all images. Patients held out. The number is the squared maximum mean
-discrepancy between images of the two hospitals: before, and after one side was translated. SSIM to its source tells
-how much of the anatomy is still there.
-
-{chr(10).join(lines)}
-
-{strips}
-
 ## What this does not show
 
-* The two hospitals differ in the age of their patients, not only in style: a translation that came all the way would
-  have to change the anatomy.
 * Noise of a low dose is simulated, and half the resolution is a mean of four pixels. Real pairs would differ.
 
 Source images: PneumoniaMNIST (MedMNIST v2, CC BY 4.0, after Kermany et al. 2018); chest-xray-sites as in
 [chest-xray.md](chest-xray.md).
 """
+
+
+def _of_styles(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| | MMD before | after | SSIM to its source | rounds x steps | minutes |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['arm']} | {r['before']:.4f} | {r['after']:.4f} | {r['kept']:.3f} | {_steps(r)} | {r['minutes']:.1f} |"
+        for r in rows
+    ]
+    strips = "\n\n".join(
+        f"![Drawn phantoms and their translations, {name}](translation/cyclegan-{name}.png)"
+        for name in ("none", "private")
+    )
+    return f"""\
+## cyclegan: the style of one hospital to that of the other
+
+Radiographs of two hospitals (chest-xray-sites), 32 x 32, two sites of each hospital: no site has both styles. Epsilon
+at most {EPSILON:g}, of each patient with all images. Patients held out. The number is the squared maximum mean
+discrepancy between images of the two hospitals: before, and after one side was translated. SSIM to its source tells
+how much of the anatomy is still there. The two hospitals differ in the age of their patients, not only in style: a
+translation that came all the way would have to change the anatomy.
+
+{chr(10).join(lines)}
+
+{strips}"""
 
 
 def _steps(row: dict[str, Any]) -> str:

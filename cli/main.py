@@ -15,9 +15,12 @@ import typer
 
 from fedmedgan.cli import (
     agreement,
+    anomaly,
     audit,
     consortium,
     dataset,
+    evaluate,
+    extractor,
     kit,
     output,
     owner,
@@ -42,6 +45,9 @@ study.app.command()(agreement.collect)
 app.add_typer(study.app, name="study")
 app.add_typer(kit.app, name="kit")
 app.add_typer(server.app, name="server")
+site.app.command()(evaluate.evaluate)
+site.app.command()(extractor.extractor)
+site.app.command()(anomaly.anomaly)
 app.add_typer(site.app, name="site")
 app.add_typer(owner.app, name="owner")
 app.add_typer(dataset.app, name="dataset")

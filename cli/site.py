@@ -13,10 +13,11 @@ from rich.table import Table
 
 from fedmedgan.cli import output
 from fedmedgan.cli.doctor import doctor
-from fedmedgan.shared.errors import ModelError
 from fedmedgan.shared.secure_sum.key_file import PASSPHRASE_VARIABLE, passphrase_from_environment
 
-app = typer.Typer(help="A hospital: init, doctor, start, budget, rotate, leave.", no_args_is_help=True)
+app = typer.Typer(
+    help="A hospital: init, doctor, start, budget, evaluate, anomaly, rotate, leave.", no_args_is_help=True
+)
 app.command()(doctor)
 
 Home = Annotated[Path, typer.Option(help="The hospital's own folder: keys, ledger, model.")]
@@ -140,50 +141,6 @@ def budget(home: Home, passphrase_file: Passphrase = None) -> None:
             "per_accountant": dict(decision.per_accountant),
         }
     output.emit(data, human)
-
-
-@app.command()
-def evaluate(
-    home: Home,
-    holdout: Annotated[
-        Path | None, typer.Option(help="Folder with labelled DICOM of OTHER patients, to test a classifier on.")
-    ] = None,
-    extractor: Annotated[
-        Path | None, typer.Option(help="Declared feature extractor, for FID, KID and coverage: docs/evaluation.md.")
-    ] = None,
-    images: Annotated[int, typer.Option(min=100, max=100_000, help="Images that the generator makes.")] = 2000,
-    passphrase_file: Passphrase = None,
-) -> None:
-    """How good are the generator's images? Compared with this hospital's patients, so most numbers must stay here.
-
-    Nothing is charged, because nothing may leave. What was computed from synthetic images alone is marked "free".
-    """
-    from fedmedgan.client.data.patients import load_patients
-    from fedmedgan.client.home import Home as Hospital
-    from fedmedgan.client.release.evaluate import Rule
-    from fedmedgan.client.release.evaluate import evaluate as measure
-    from fedmedgan.client.release.features import load_extractor
-    from fedmedgan.client.release.generate import generate
-
-    use_passphrase(passphrase_file)
-    hospital = Hospital(home)
-    study = hospital.study
-    if hospital.applied_round == 0:
-        raise ModelError("MODEL_MISMATCH", "no round was applied yet: there is no generator to evaluate", str(home))
-    made, labels = generate(hospital.released_generator(), study, images, seed=study.gan.init_seed)
-    real = hospital.load_patients()
-    others = load_patients(holdout, study.images, pseudonym_key=hospital.book.pseudonym_key) if holdout else None
-    found = measure(
-        made,
-        labels,
-        rule=Rule.LOCAL,
-        real=real.images_N1HW,
-        real_labels=real.labels_N,
-        holdout=others.images_N1HW if others else None,
-        holdout_labels=others.labels_N if others else None,
-        extractor=load_extractor(extractor) if extractor else None,
-    )
-    output.emit(found.record(), lambda console: console.print(escape(found.text()), soft_wrap=True))
 
 
 @app.command()

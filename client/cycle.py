@@ -19,7 +19,7 @@ import numpy as np
 import rfc8785
 
 from fedmedgan.client import anchors, checkpoint
-from fedmedgan.client.home import Home
+from fedmedgan.client.home import KEPT, Home
 from fedmedgan.client.joining import (
     ADAM_STATES,
     ATTEMPT,
@@ -69,8 +69,8 @@ from fedmedgan.shared.secure_sum import cipher, masks, proof
 from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.source import source_hash
 
-ADAM, KEPT, TURNS = "adam.", "kept.", "turns"
-"""In the file of a hospital's own states: Adam's; weights that are not shared; the generator's turns."""
+ADAM, TURNS = "adam.", "turns"
+"""In the file of a hospital's own states, beside KEPT: Adam's; the generator's turns."""
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from fedmedgan.client.budget_book import BudgetBook
 from fedmedgan.client.data.declared import load_declared
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe
-from fedmedgan.client.joining import NOISE
+from fedmedgan.client.joining import ADAM_STATES, NOISE
 from fedmedgan.client.policy import Policy
 from fedmedgan.client.release import pictures
-from fedmedgan.client.shared_model import GENERATOR, SharedModel
+from fedmedgan.client.shared_model import DISCRIMINATOR, GENERATOR, SharedModel, part
 from fedmedgan.client.training.accountant import ENFORCED
 from fedmedgan.client.training.randomness import InsecureRandom, RandomSource, SystemRandom
 from fedmedgan.shared.agreement import Agreement
@@ -64,6 +64,8 @@ from fedmedgan.shared.secure_sum.keys import HospitalKeys
 from fedmedgan.shared.secure_sum.quantize import plan_for
 
 SAMPLE_COLUMNS = 8
+KEPT = "kept."
+"""In the file of a hospital's own states: weights that are not shared."""
 
 
 class Home:
@@ -119,6 +121,29 @@ class Home:
         weights = self.model.released_generator()
         generator.load_state_dict({n.removeprefix(GENERATOR): torch.from_numpy(a.copy()) for n, a in weights.items()})
         return generator
+
+    def own_discriminator(self) -> nn.Module | None:
+        """The discriminator that this hospital trained with, on the CPU: the shared one, or the one that it keeps.
+
+        None where it is not shared and this hospital keeps none, because it never trained. Trained under the budget
+        like what is shared, so using it costs nothing.
+
+        Raises:
+            ModelError: MODEL_HASH, MODEL_MISMATCH, MODEL_NOT_FINITE.
+        """
+        discriminator = copy.deepcopy(self.networks[1]).cpu()
+        if self.study.aggregation.share == "both":
+            return discriminator
+        path = self.home / ADAM_STATES
+        if not path.exists():
+            return None
+        arrays, notes = checkpoint.read(path)
+        if notes.get("study") != self.study.hash:
+            raise ModelError("MODEL_MISMATCH", "the states belong to another study", path.name)
+        kept = {name.removeprefix(KEPT): array for name, array in part(arrays, KEPT).items()}
+        weights = {**part(self.model.weights, GENERATOR), **part(kept, DISCRIMINATOR)}
+        checkpoint.load_networks(weights, copy.deepcopy(self.networks[0]).cpu(), discriminator)
+        return discriminator
 
     @property
     def model_hash(self) -> str:

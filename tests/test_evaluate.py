@@ -222,12 +222,41 @@ def test_one_class_trains_no_classifier(everything):
     assert "one class" in found.not_measured[0].reason
 
 
-def test_without_labels_or_extractor_there_are_fewer_measures():
+def test_without_labels_or_extractor_there_are_fewer_measures_and_it_is_said_why():
     found = evaluate(SYNTHETIC[0], rule=Rule.LOCAL, real=REAL[0], holdout=HOLDOUT[0])
     assert [m.name for m in found.measurements] == ["ms_ssim", "duplicates", "copies", "mmd"]
     assert found.numbers()["ms_ssim"] == similarity.diversity(SYNTHETIC[0], np.zeros(120, int))
+    no_labels = "no labels of the synthetic images were given", "no labels of the real images were given"
+    held_out = "no labels of the held-out images were given"
+    assert {n.name: n.reason for n in found.not_measured} == {
+        **dict.fromkeys(("fid", "kid", "precision_recall", "density_coverage"), "no extractor was given"),
+        "tstr": f"{no_labels[0]}, {held_out}",
+        "trts": f"{no_labels[1]}, {no_labels[0]}",
+        "trtr": f"{no_labels[1]}, {held_out}",
+    }
+    assert {n.privacy for n in found.not_measured} == {"sensitive"}
+    assert "fid                      not measured: no extractor was given" in found.text()
+    assert found.may_leave() == evaluate(SYNTHETIC[0], rule=Rule.RELEASE), "no word of what was not given"
     only_pairs = evaluate(rule=Rule.LOCAL, paired=PAIRED)
     assert [m.name for m in only_pairs.measurements] == ["paired"]
+    assert not only_pairs.not_measured
+
+
+@pytest.mark.parametrize("rule", [Rule.LOCAL, Rule.PUBLIC])
+def test_what_no_real_image_was_given_for_is_said_and_is_nobodys_secret(rule):
+    found = evaluate(*SYNTHETIC, rule=rule)
+    reasons = {n.name: n.reason for n in found.not_measured}
+    assert set(reasons) == set(METRICS) - {*FREE, "paired", "masks"}, "pairs and masks are other inputs altogether"
+    assert reasons["fid"] == "no extractor was given, no real images were given"
+    assert reasons["mmd"] == "no real images were given"
+    assert reasons["tstr"] == "no held-out images were given"
+    assert reasons["trtr"] == "no real images were given, no held-out images were given"
+    assert {n.privacy for n in found.not_measured} == {"free"}
+    assert not found.record()["must_stay"]
+
+
+def test_what_is_asked_for_by_name_is_all_that_is_spoken_of():
+    assert not evaluate(*SYNTHETIC, rule=Rule.LOCAL, real=REAL[0], metrics=("mmd",)).not_measured
 
 
 def test_a_number_that_is_none_is_not_reported(monkeypatch):

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from fedmedgan.client.gans import recipe as recipes
+from fedmedgan.client.release import translations
 from fedmedgan.client.release.features import FeatureExtractor
 from fedmedgan.simulations import arms, phantoms, quality
 from fedmedgan.simulations.record import Quality
@@ -70,10 +71,10 @@ def test_too_few_images_are_said_to_be_too_few(features):
 
 def test_masks_are_told_from_other_targets():
     images, _, lungs = (torch.from_numpy(a) for a in drawn(20, 3))
-    assert int((lungs.abs() < quality.WHITE).sum()) > 0, "the edges are grey"
-    assert quality.are_masks(lungs)
-    assert not quality.are_masks(images)
-    assert not quality.are_masks(torch.full((3, 1, 8, 8), -1.0)), "empty masks only"
+    assert int((lungs.abs() < translations.WHITE).sum()) > 0, "the edges are grey"
+    assert translations.are_masks(lungs)
+    assert not translations.are_masks(images)
+    assert not translations.are_masks(torch.full((3, 1, 8, 8), -1.0)), "empty masks only"
 
 
 @pytest.mark.parametrize("targets", ["masks", "images"])

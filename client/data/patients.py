@@ -72,6 +72,8 @@ class UsedFile:
     """Place in the study's classes."""
     target: str = ""
     """Where to open its target, "" where the study has none."""
+    images: int = 1
+    """Images that it gives: one for each of its frames that holds information."""
 
 
 def default_workers() -> int:
@@ -110,11 +112,22 @@ def used_files(folder: Path, rules: Images) -> tuple[UsedFile, ...]:
     Raises:
         DataError: like `load_patients`.
     """
+    return load_files(folder, rules)[1]
+
+
+def load_files(folder: Path, rules: Images) -> tuple[PatientImages, tuple[UsedFile, ...]]:
+    """The images of a folder, and the files that they come from, both in the order of the paths.
+
+    Patients have other pseudonyms each time: for images that are not compared with those of anybody else.
+
+    Raises:
+        DataError: like `load_patients`.
+    """
     entries, labels = _scan(folder), label_table.read(folder)
     found, files = _collect(entries, labels, rules, secrets.token_bytes(32), Limits(), None, None)
     if not files:
         raise DataError("DATA_EMPTY", f"no usable image among {found.report.sentence()}", str(folder))
-    return tuple(files)
+    return found, tuple(files)
 
 
 def load_patients(
@@ -219,7 +232,7 @@ def _collect(
                 seen |= {(result.patient, mark) for mark in (result.instance, result.pixel_sha256) if mark}
                 number = patients.setdefault(result.patient, len(patients))
                 target = paths[target_of[entry.name]] if rules.paired else ""
-                used[entry.name] = UsedFile(entry.path, number, label, target)
+                used[entry.name] = UsedFile(entry.path, number, label, target, len(found))
                 images.append(found)
                 partners += [partner] if partner is not None else []
                 labels_N += [label] * len(found)

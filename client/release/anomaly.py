@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmedgan.client.gans import recipe as recipes
 from fedmedgan.client.gans.parts.layers import pyramid
 from fedmedgan.client.gans.recipe import Synthesis
-from fedmedgan.client.release.images import as_images, as_labels
+from fedmedgan.client.release.classifiers import FEWEST_OF_A_CLASS
+from fedmedgan.client.release.images import as_array, as_images, as_labels, at_least
 from fedmedgan.shared.errors import DataError, StudyError
 from fedmedgan.shared.study import Study
 
@@ -62,7 +64,8 @@ class AnomalyScorer:
     """Scores images against what a trained model takes for normal.
 
     Args:
-        generator, discriminator: trained; left as they are.
+        generator, discriminator: trained; left as they are. Without a discriminator, or with one of a recipe whose
+            discriminator has no features, distances are those of pixels alone.
         study: of a synthesis recipe.
         steps: of the encoder, on generated images; a minute or so on a CPU at 28 x 28.
         seed: of the encoder's weights and of the images that it learns from.
@@ -72,12 +75,12 @@ class AnomalyScorer:
     """
 
     def __init__(
-        self, generator: nn.Module, discriminator: nn.Module, study: Study, *, steps: int = STEPS, seed: int = 0
+        self, generator: nn.Module, discriminator: nn.Module | None, study: Study, *, steps: int = STEPS, seed: int = 0
     ) -> None:
         if not isinstance(recipes.load(study), Synthesis):
             hint = "train a recipe that makes images from noise"
             raise StudyError("CONFIG_RANGE", "anomaly scores need a synthesis model", "gan.recipe", hint=hint)
-        if study.gan.minibatch_stddev:
+        if discriminator is not None and study.gan.minibatch_stddev:
             what, where = "the discriminator sees in each image those beside it", "gan.minibatch_stddev"
             raise StudyError("CONFIG_RANGE", what, where, hint="train without it")
         self.study = study
@@ -87,6 +90,11 @@ class AnomalyScorer:
         features = getattr(discriminator, "features", None)
         self.features = _settled(features, images)[0] if features is not None else None
         self.encoder = self._trained(steps, seed)
+
+    @property
+    def looks_at(self) -> str:
+        """What distances are of, in words."""
+        return "pixels alone" if self.features is None else "pixels and the discriminator's features"
 
     def _trained(self, steps: int, seed: int) -> Encoder:
         with torch.random.fork_rng(devices=[]):
@@ -144,6 +152,24 @@ class AnomalyScorer:
         if len(label_N) and label_N.max() >= len(self.study.images.classes):
             raise DataError("DATA_EVALUATION", "a label is no class of the study")
         return images, torch.from_numpy(label_N)
+
+
+def normal_against_rest(scores_N: Any, is_normal_N: Any) -> float:
+    """Area under the ROC curve: the chance that the score of an image that is not normal is above that of a normal one.
+
+    0.5 is chance, 1 is perfect. Computed from patients it is sensitive.
+
+    Args:
+        scores_N: of `AnomalyScorer.scores`.
+        is_normal_N: booleans, (N,).
+
+    Raises:
+        NotMeasurable: DATA_EVALUATION, fewer than FEWEST_OF_A_CLASS images that are normal, or that are not.
+    """
+    is_normal = as_array(is_normal_N).astype(bool)
+    at_least(int(is_normal.sum()), FEWEST_OF_A_CLASS, "the AUC of normal images")
+    at_least(int((~is_normal).sum()), FEWEST_OF_A_CLASS, "the AUC of images that are not normal")
+    return float(roc_auc_score(~is_normal, as_array(scores_N)))
 
 
 @torch.no_grad()

@@ -98,7 +98,8 @@ def evaluate(
         paired: images made from inputs, and the real images that they should be: PSNR, SSIM, MAE.
         masks: predicted masks and true ones, class of each pixel: Dice, IoU.
         extractor: the declared features of FID, KID, precision, recall, density and coverage.
-        metrics: names of METRICS; all those whose inputs are given if None.
+        metrics: names of METRICS, whose inputs must be given. If None all whose inputs are given; the others are in
+            `not_measured`, but for pairs and masks, which are inputs of another kind.
         made_from_patients: the synthetic images were made from patients' images, as image-to-image recipes do; then
             no number is free.
         real_data: under the public rule, which real images these are, in words.
@@ -114,6 +115,8 @@ def evaluate(
     ========================================  =====================================================
     case                                      result
     ========================================  =====================================================
+    no extractor, no real or held-out images  what needs them is in `not_measured`, with the reason
+    the same under the rule "release"         not mentioned: a release has no real images
     too few images, or a single class         the measure is in `not_measured`, with the reason
     no more images than features              FID is in `not_measured`; the others are measured
     a number that comes out as NaN            in `not_measured`
@@ -150,6 +153,10 @@ def evaluate(
 
     found: list[Measurement] = []
     missed: list[NotMeasured] = []
+    if metrics is None and synthetic is not None and rule is not Rule.RELEASE:
+        for name in [name for name in METRICS if name not in chosen and name not in _OF_PAIRS]:
+            privacy = _privacy(METRICS[name], rule, made_from_patients) if reads_real else "free"
+            missed.append(NotMeasured(name, privacy, _not_given(METRICS[name], possible)))
     for name in chosen:
         metric = METRICS[name]
         privacy = _privacy(metric, rule, made_from_patients)
@@ -197,6 +204,14 @@ def _chosen(metrics: Collection[str] | None, possible: Collection[str]) -> list[
                 "DATA_EVALUATION", f"{name} needs what is not given", where, hint="give it, or leave it out"
             )
     return [name for name in METRICS if name in metrics]
+
+
+def _not_given(metric: Metric, possible: Collection[str]) -> str:
+    """Which inputs of a measure were not given, in words."""
+    needed = ["real" if name == "real_features" else name for name in metric.reads]
+    missing = [name for name in needed if name not in possible]
+    # without images nobody asks for their labels
+    return ", ".join(_ABSENT[name] for name in missing if name.removesuffix("_labels") not in set(missing) - {name})
 
 
 # --- what comes out --------------------------------------------------------------------------------------
@@ -305,6 +320,15 @@ def _masks(masks: tuple[Any, Any]) -> dict[str, float]:
 SYNTHETIC_ONLY = frozenset({"synthetic", "labels", "groups", "synthetic_features", "seeds", "device"})
 """Inputs that show no real image. All others do, so a new input is sensitive until it is listed here."""
 
+_ABSENT = {
+    "synthetic_features": "no extractor was given",
+    "labels": "no labels of the synthetic images were given",
+    "real": "no real images were given",
+    "real_labels": "no labels of the real images were given",
+    "holdout": "no held-out images were given",
+    "holdout_labels": "no labels of the held-out images were given",
+}
+_OF_PAIRS = ("paired", "masks")
 _FEATURES = ("synthetic_features", "real_features")
 _CLASSIFIER: Mapping[str, Value] = {"steps": STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,3 +35,19 @@ def split_patients(patient_N: Any, holdout_fraction: float, seed: int) -> tuple[
     held = np.random.default_rng(seed).choice(patients, size=count, replace=False)
     is_held_N = np.isin(patient_N, held)
     return np.flatnonzero(~is_held_N), np.flatnonzero(is_held_N)
+
+
+def refuse_same_patients(training: Iterable[str], held_out: Iterable[str]) -> None:
+    """No patient may be on both sides, not even with another image: that would flatter whatever is tested.
+
+    Args:
+        training: pseudonyms of the patients trained on (`PatientImages.pseudonyms`).
+        held_out: pseudonyms of the patients to test with, made with the same key.
+
+    Raises:
+        DataError: DATA_DUPLICATE, with the number of patients that are on both sides, and not who they are.
+    """
+    if both := len(set(training) & set(held_out)):
+        what = f"patients held out who are also trained on: {both}"
+        hint = "hold out other patients; equal Patient IDs in both folders count as one patient"
+        raise DataError("DATA_DUPLICATE", what, "--holdout", hint=hint)

@@ -155,8 +155,12 @@ class Evaluation:
         }
 
     def text(self) -> str:
-        """For people: the rule and its statement, then a line for each number."""
-        lines = [f"rule: {self.rule.value}", self.statement, ""]
+        """For people: the rule and its statement, then `lines`."""
+        return "\n".join([f"rule: {self.rule.value}", self.statement, "", *self.lines()])
+
+    def lines(self) -> list[str]:
+        """For people: a line for each number, for each measure that was not taken, and for each extractor."""
+        lines: list[str] = []
         for m in self.measurements:
             lines += [f"{name:<24} {value:>12.5g}  {m.privacy}" for name, value in m.values.items()]
         lines += [f"{n.name:<24} not measured: {n.reason}" for n in self.not_measured]
@@ -166,7 +170,7 @@ class Evaluation:
             f"accuracy {settings['extractor_accuracy']:.3g}"
             for sha256, settings in described.items()
         ]
-        return "\n".join(lines)
+        return lines
 
 
 def refuse_in_release(record: object) -> None:
