@@ -26,7 +26,7 @@ from fedmedgan.simulations import consortium, phantoms, record
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT = 900
+TIMEOUT = 1800
 PRETRAINED = "pretrained"
 TASKS = ("super-resolution-2", "super-resolution-4", "k-space")
 """Of pix2pix, next to its first, which is among KINDS."""
