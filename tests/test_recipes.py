@@ -261,12 +261,13 @@ def test_pix2pix_learns_each_task_without_privacy(task):
     found = PatientImages(
         smooth.astype(np.float16), found.labels_N, found.patient_N, 24, found.report, (), targets_N1HW=targets
     )
+    random = InsecureRandom(1)  # with other draws it may take longer
     one = LocalTrainer(
         study,
         *recipes.load(study).networks(),
-        PatientSampler(found, 0.5, SystemRandom()),
+        PatientSampler(found, 0.5, random),
         noise_multiplier=None,
-        random=SystemRandom(),
+        random=random,
         device=torch.device("cpu"),
     )
     every = Records(torch.from_numpy(smooth), torch.from_numpy(found.labels_N), torch.from_numpy(-smooth))
@@ -277,7 +278,7 @@ def test_pix2pix_learns_each_task_without_privacy(task):
             return float((one.generator(given) - wanted).abs().mean())
 
     before = distance()
-    one.train(60)
+    one.train(100)
     assert distance() < 0.9 * before
 
 
