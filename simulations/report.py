@@ -356,6 +356,7 @@ def _page(run: RunRecord, found: dict[str, Any]) -> str:
         f=found,
         study=run.study,
         translation=recipe_words.is_translation(run.study),
+        fakes_told=recipes.load(run.study).fake_rows,
         picture_rows=recipes.load(run.study).row_names(),
         charts={name: Markup(svg) for name, svg in _charts(run, found).items()},
         film=_film(run),

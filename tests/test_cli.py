@@ -130,3 +130,4 @@ def test_study_check_tells_the_price(study):
         assert 7.5 < curve[-1] <= 8.0
     assert cost["bytes_up"] < cost["bytes_float32"] < cost["bytes_down"]
     assert cost["seconds_training"] > 0
+    assert cost["record"] == "an image with its label"

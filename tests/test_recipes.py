@@ -305,6 +305,8 @@ BAD: dict[str, tuple[dict, str]] = {
         {"gan": {"recipe": "cyclegan", "private": "both"}, "training": {"replay": 0.5}},
         "PRIVACY_MODEL",
     ),
+    "weights without a word of what they were trained on": ({"gan": {"pretrained": "ab" * 32}}, "CONFIG_RANGE"),
+    "a word without weights": ({"gan": {"pretrained_on": "phantoms"}}, "CONFIG_RANGE"),
     "steps of a private generator in no fixed number": (
         {"gan": {"recipe": "cyclegan", "private": "both"}, "training": {"local_steps": 3, "discriminator_steps": 2}},
         "CONFIG_RANGE",

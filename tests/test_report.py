@@ -339,6 +339,14 @@ def test_nothing_is_told_of_how_fakes_that_are_made_of_patients_are_known(
     assert "What the discriminator says of generated images is not here" in page.words("losses")
 
 
+def test_nor_where_a_fake_is_part_of_a_record_though_it_is_made_of_noise(tmp_path: Path) -> None:
+    page = words_of(tmp_path, gan={"recipe": "wgan_gp"})
+    assert {r["discriminator_fake_loss"] for r in twin_of(tmp_path / "run")["rounds"]} == {None}
+    assert not [alt for alt in charts_of(page) if "loss" in alt and "discriminator" in alt]
+    assert "What the discriminator says of generated images is not here" in page.words("losses")
+    assert "generated images only" in page.words("losses")
+
+
 ONE_CLASS: dict[str, Any] = {"gan": {"recipe": "dcgan"}, "images": {**SMALL, "classes": ("any",)}}
 UNPAIRED: dict[str, Any] = {"gan": {"recipe": "cyclegan", "private": "both"}}
 
