@@ -89,13 +89,13 @@ class Setting:
 
 ONE_SITE = {
     None: Setting(1000, 256),
-    10.0: Setting(600, 256),
+    10.0: Setting(1000, 256),
     3.0: Setting(600, 256, discriminator_width=8),
     1.0: Setting(400, 256, discriminator_width=8),
 }
 OF_FIVE = {
     None: Setting(400, 188),
-    10.0: Setting(400, 188, discriminator_width=8, generator_lr=2e-3),
+    10.0: Setting(600, 188, discriminator_width=8, generator_lr=2e-3),
     3.0: Setting(400, 188, discriminator_width=8, generator_lr=2e-3),
     1.0: Setting(300, 188, discriminator_width=8, generator_lr=2e-3),
 }

@@ -396,7 +396,7 @@ def write_hospital(
         (folder / name).mkdir(parents=True, exist_ok=True)
     rows = []
     for image, mask, label, patient, nth in zip(images, lungs, labels_N, patient_N, nth_N, strict=True):
-        identity = f"PHANTOM-{patient + 1:04d}"
+        identity = f"PHANTOM-{seed}-{patient + 1:04d}"
         origin = ["fedmedgan phantom", vendor.name, str(seed), identity, str(nth)]
         study = int(nth) + 1
         dataset = to_dicom(image, vendor, patient_id=identity, study=study, origin=origin, synthetic=True)

@@ -81,11 +81,15 @@ def stabilisers(study: Study) -> list[str]:
         f"{t.views} views of a record": t.views > 1,
         f"penalty on fakes ({t.fake_penalty:g})": t.fake_penalty > 0,
         f"replay of {100 * t.replay:g} % of the fakes": t.replay > 0,
-        f"{gan.generator_norm} norm in the generator": gan.generator_norm != "group",
-        f"{gan.norm} norm in the discriminator": gan.norm != "group",
+        f"{_norm(gan.generator_norm)} in the generator": gan.generator_norm != "group",
+        f"{_norm(gan.norm)} in the discriminator": gan.norm != "group",
         "minibatch standard deviation": gan.minibatch_stddev,
     }
     return [word for word, is_set in words.items() if is_set]
+
+
+def _norm(kind: str) -> str:
+    return "no norm" if kind == "none" else f"{kind} norm"
 
 
 def how_judged(study: Study, judged: str, *, scored: bool, tested_on: int | None, masks: bool = False) -> str:

@@ -144,6 +144,17 @@ def test_a_prevalence_and_number_of_images(tmp_path: Path):
     assert {nth for name in CLASSES for _, nth in images[name]} == {"1", "2", "3", "4"}
 
 
+def test_hospitals_with_other_seeds_share_no_patient(tmp_path):
+    """Else one hospital's folder would be refused as another's held-out patients."""
+    seen = []
+    for seed in (1, 2):
+        write_hospital(tmp_path / str(seed), patients=5, seed=seed, vendor=VENDORS[0], size=32)
+        files = (tmp_path / str(seed)).rglob("*.dcm")
+        seen.append({pydicom.dcmread(path, specific_tags=["PatientID"]).PatientID for path in files})
+    assert len(seen[0]) == len(seen[1]) == 5
+    assert not seen[0] & seen[1]
+
+
 def test_a_folder_in_use_and_a_hospital_without_patients_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="DATA_EMPTY"):
         write_hospital(tmp_path, patients=0, seed=0, vendor=VENDORS[0])

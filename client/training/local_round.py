@@ -186,6 +186,8 @@ class LocalTrainer:
         self.random = random
         """Secret: sampling, and what is drawn for each record, whose number is private."""
         both = self.recipe.private == "both"
+        if not both:
+            generator.to(memory_format=torch.channels_last)  # its convolutions are most of a step: a fifth faster
         self.d = Side(
             discriminator,
             t.discriminator_lr,
