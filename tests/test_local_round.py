@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from conftest import tiny_study
 
+from fedmedgan.client import checkpoint
 from fedmedgan.client.data.outcomes import FolderReport
 from fedmedgan.client.data.patients import PatientImages
 from fedmedgan.client.gans import recipe
@@ -49,6 +50,22 @@ def trainer(sampler: PatientSampler, **options) -> LocalTrainer:
     study = tiny_study(3, training={"discriminator_steps": options.pop("discriminator_steps", 1)})
     networks = recipe.load(study).networks()
     return LocalTrainer(study, *networks, sampler, random=SystemRandom(), device=torch.device("cpu"), **options)
+
+
+def test_a_generator_that_reads_no_patient_keeps_its_channels_last_and_is_saved_as_ever():
+    """The layout is a matter of speed alone: what is flattened, sent and saved is in the order of the weight's axes."""
+    one = trainer(PatientSampler(patients([1] * 10), 0.5, SystemRandom()), noise_multiplier=1.0)
+    weights = {name: p for name, p in one.generator.named_parameters() if p.dim() == 4 and min(p.shape[:2]) > 1}
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights.values())
+    arrays = checkpoint.network_arrays(one.generator, one.discriminator)
+    for name, p in weights.items():
+        np.testing.assert_array_equal(arrays[f"generator.{name}"].ravel(), p.detach().contiguous().flatten().numpy())
+    study = tiny_study(3, gan={"recipe": "pix2pix", "private": "both", "task": "denoise"})
+    sampler, random = PatientSampler(patients([1] * 10), 0.5, SystemRandom()), SystemRandom()
+    options = {"noise_multiplier": 1.0, "random": random, "device": torch.device("cpu")}
+    other = LocalTrainer(study, *recipe.load(study).networks(), sampler, **options)
+    assert all(p.is_contiguous() for p in other.generator.parameters())
 
 
 def test_turns_of_the_generator_are_counted_over_rounds():

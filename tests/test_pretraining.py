@@ -211,7 +211,7 @@ def test_the_price_names_what_is_charged_shared_and_set(tmp_path):
     study = write_study(
         tmp_path / "study.toml",
         sites=3,
-        gan={"recipe": "pix2pix", "private": "both", "task": "denoise", "generator_norm": "instance"},
+        gan={"recipe": "pix2pix", "private": "both", "task": "denoise", "generator_norm": "instance", "norm": "none"},
         training={"local_steps": 4, "discriminator_steps": 2},
         aggregation={"share": "generator", "optimizer": "fedavgm"},
     )
@@ -219,7 +219,7 @@ def test_the_price_names_what_is_charged_shared_and_set(tmp_path):
     for words in (
         "2 rounds of 6 private steps (4 of the discriminator, 2 of the generator)",
         "recipe: pix2pix, low dose to full dose; reads patients: discriminator and generator",
-        "stabilisers: instance norm in the generator",
+        "stabilisers: instance norm in the generator, no norm in the discriminator",
         "shared: the generator alone; each discriminator stays at its hospital",
         "aggregation: FedAvgM (learning rate 1, momentum 0.9)",
     ):

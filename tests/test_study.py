@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedmedgan.shared.errors import HINTS, DataError, FedMedGanError, StudyError
 from fedmedgan.shared.study import from_dict, load, parse
+from fedmedgan.simulations import DEFAULT_STUDY
 
 SITES = "".join(f'[[sites]]\nname = "{n}"\npatients = 120\n' for n in ("north", "south", "west"))
 HEAD = 'name = "demo"\n'
@@ -24,6 +25,16 @@ def test_defaults_give_a_valid_study_with_a_stable_hash():
     assert re.fullmatch("[0-9a-f]{64}", s.hash)
     assert s.total_steps == s.training.rounds * s.training.local_steps
     assert s.sampling_rate(s.sites[0]) == 32 / 120
+
+
+def test_the_built_in_study_says_where_a_value_is_not_the_default():
+    text = DEFAULT_STUDY.read_text(encoding="utf-8")
+    lines = {line.split(" =")[0]: line for line in text.splitlines() if " = " in line}
+    built_in, default = parse(text), study()
+    for section in ("images", "gan", "training", "aggregation", "privacy", "secure_sum", "convergence"):
+        of, usual = (getattr(s, section).model_dump() for s in (built_in, default))
+        for key in {k for k in of if of[k] != usual[k]}:
+            assert "default" in lines[key], key
 
 
 def test_the_hash_survives_a_round_trip_through_json():
