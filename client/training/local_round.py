@@ -187,7 +187,8 @@ class LocalTrainer:
         """Secret: sampling, and what is drawn for each record, whose number is private."""
         both = self.recipe.private == "both"
         if not both:
-            generator.to(memory_format=torch.channels_last)  # its convolutions, most of a step, are faster so
+            # its convolutions, most of a step, are faster so
+            generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.d = Side(
             discriminator,
             t.discriminator_lr,
