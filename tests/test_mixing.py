@@ -9,6 +9,8 @@ import pytest
 from test_recipes import KINDS, study_of, trainer_of
 
 from fedmedgan.client import gans
+from fedmedgan.client.gans import recipe as recipes
+from fedmedgan.client.training import estimate
 from fedmedgan.client.training.estimate import refuse_mixing
 from fedmedgan.client.training.mixing import Trial
 from fedmedgan.shared.errors import PrivacyError, StudyError
@@ -228,6 +230,28 @@ def test_a_mixing_of_a_private_generator_is_refused(study_with, text):
     with pytest.raises(PrivacyError) as caught:
         refuse_mixing(study_with(text, gan={"private": "both", "task": "denoise"}))
     assert caught.value.code == "PRIVACY_MODEL"
+
+
+def test_what_has_passed_is_not_tried_again_but_another_study_and_other_code_are(monkeypatch):
+    """Simulated hospitals all sign the same study, and a trial takes seconds."""
+    study, tried, load = study_of("vanilla", training={"generator_lr": 0.003}), [], recipes.load
+    monkeypatch.setattr(estimate, "_trainer", lambda study: tried.append(study.hash) or trainer_of(study))
+    for _ in range(2):
+        refuse_mixing(study)
+    assert tried == [study.hash]
+    other = study.training.model_copy(update={"generator_lr": 0.002})
+    refuse_mixing(study.model_copy(update={"training": other}))
+    assert len(tried) == 2
+    monkeypatch.setattr(recipes, "load", lambda study: type("Other", (type(load(study)),), {})(study))
+    refuse_mixing(study)
+    assert len(tried) == 3
+
+
+def test_what_was_refused_is_refused_again(study_with):
+    study = study_with(in_a_layer("x = x - x.mean(0)"))
+    for _ in range(2):
+        with pytest.raises(PrivacyError):
+            refuse_mixing(study)
 
 
 def test_a_mixing_of_batches_as_large_as_a_step_is_refused(study_with):
