@@ -113,7 +113,7 @@ def run(case: str, folder: Path) -> Row:
         bytes_up=max(found["rounds"][-1]["bytes_up"].values()),
         outside_training=found["computing"]["share_outside_training"],
         minutes=minutes,
-        settings=settings_of(study),
+        settings={k: v for k, v in settings_of(study).items() if k != "threads"},  # hospitals have their own
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -33,6 +35,22 @@ def tiny_study(sites: int = 4, **sections):
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
     return from_dict(values)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """benchmarks/<name>.py: a script beside the package, not in it."""
+    folder, known_as = ROOT / "benchmarks", f"{name}_benchmark"
+    sys.path.insert(0, str(folder))
+    try:
+        found = importlib.util.spec_from_file_location(known_as, folder / f"{name}.py")
+        assert found
+        assert found.loader
+        module = importlib.util.module_from_spec(found)
+        sys.modules[known_as] = module  # its dataclasses look themselves up there
+        found.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pydicom
 import pytest
+from conftest import load_benchmark
 
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.release.evaluate import Utility
@@ -24,18 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """The benchmark is a script beside the package, not in it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        found = importlib.util.spec_from_file_location("chest_xray", ROOT / "benchmarks" / "chest_xray.py")
-        assert found
-        assert found.loader
-        module = importlib.util.module_from_spec(found)
-        sys.modules["chest_xray"] = module  # its dataclasses look themselves up there
-        found.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return module
+    return load_benchmark("chest_xray")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,13 @@ def test_defaults_give_a_valid_study_with_a_stable_hash():
 
 def test_the_built_in_study_says_where_a_value_is_not_the_default():
     text = DEFAULT_STUDY.read_text(encoding="utf-8")
-    lines = {line.split(" =")[0]: line for line in text.splitlines() if " = " in line}
+    blocks = {block.split("]")[0]: block.splitlines() for block in text.split("\n[")}
     built_in, default = parse(text), study()
     for section in ("images", "gan", "training", "aggregation", "privacy", "secure_sum", "convergence"):
         of, usual = (getattr(s, section).model_dump() for s in (built_in, default))
         for key in {k for k in of if of[k] != usual[k]}:
-            assert "default" in lines[key], key
+            (line,) = (line for line in blocks[section] if line.startswith(f"{key} = "))
+            assert "default" in line, key
 
 
 def test_the_hash_survives_a_round_trip_through_json():

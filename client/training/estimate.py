@@ -19,7 +19,7 @@ from fedmedgan.shared.study import Study
 PROBE_STEPS = 4
 TRIED_STEPS = 3
 _passed: set[tuple[str, type]] = set()
-"""Studies and the code of their recipes that this process has tried: simulated hospitals all sign the same one."""
+"""Studies and recipes that passed the trial in this process: hospitals that are simulated all sign the same study."""
 
 
 def parameters(study: Study) -> int:

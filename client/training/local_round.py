@@ -187,7 +187,7 @@ class LocalTrainer:
         """Secret: sampling, and what is drawn for each record, whose number is private."""
         both = self.recipe.private == "both"
         if not both:
-            # its convolutions, most of a step, are faster so
+            # its convolutions, most of a step, are faster so; torch's types know no layout without a device
             generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.d = Side(
             discriminator,
