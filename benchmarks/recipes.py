@@ -152,8 +152,8 @@ are those of both networks.
 These runs show that each recipe trains federated, encrypted and private through the command. They are short and their
 hospitals small: the other pages of [docs/results](README.md) show what longer runs on real images reach.
 
-Rows of a picture are classes, or what the recipe makes of drawn ellipses: of `pix2pix` input and output (of `paired`, a
-mask of what is bright), of `cyclegan` the input, then as each domain.
+Rows of a picture are classes, or what the recipe makes of drawn ellipses: of `pix2pix` input and output (of `paired` a
+mask: it learned lungs, which are dark), of `cyclegan` the input, then as each domain.
 
 {(chr(10) * 2).join(shown)}
 """
