@@ -25,13 +25,13 @@ IN_FEATURES = ("fid", "kid", "precision_recall", "density_coverage")
 
 
 def other_patients(folder: Path, patients: int = 16, *, paired: bool = False, known: int = 0) -> Path:
-    """Phantoms whom no hospital knows; but `known` of them have the Patient ID of a hospital's."""
-    vendor = phantoms.vendor_for(0)
-    phantoms.write_hospital(folder, patients=patients, seed=77, vendor=vendor, size=32, paired=paired)
+    """Phantoms whom no hospital knows; but `known` of them have the Patient ID of one of the first hospital's."""
+    vendor, seed, of_the_first = phantoms.vendor_for(0), 77, 0
+    phantoms.write_hospital(folder, patients=patients, seed=seed, vendor=vendor, size=32, paired=paired)
     for path in folder.rglob("*.dcm"):
         dataset = pydicom.dcmread(path)
-        if int(dataset.PatientID.rpartition("-")[2]) > known:
-            dataset.PatientID = f"other-{dataset.PatientID}"
+        if int(dataset.PatientID.rpartition("-")[2]) <= known:
+            dataset.PatientID = dataset.PatientID.replace(f"-{seed}-", f"-{of_the_first}-")
             dataset.save_as(path)
     return folder
 

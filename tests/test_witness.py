@@ -115,7 +115,7 @@ def test_the_witness_changes_nothing_that_is_trained():
         sampler = PatientSampler(patients([1] * PATIENTS), PER_STEP / PATIENTS, InsecureRandom(1))
         one = trainer(sampler, random=InsecureRandom(2), witness=witness)
         one.train(3)
-        weights.append(nn.utils.parameters_to_vector([*one.generator.parameters(), *one.discriminator.parameters()]))
+        weights.append(torch.cat([p.flatten() for n in (one.generator, one.discriminator) for p in n.parameters()]))
     assert torch.equal(*weights)
 
 
