@@ -23,7 +23,7 @@ consortium: setup
 	$(BIN)/fedmedgan consortium
 
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -187,7 +187,7 @@ def test_a_key_that_does_not_decrypt_what_it_encrypts(monkeypatch):
         "zz" * 1216,
         MEMBER.wrapping_public[:-2],
         MEMBER.wrapping_public + "00",
-        MEMBER.exchange_public,
+        pytest.param(MEMBER.exchange_public, id="exchange key"),
         "ff" * 1216,
         MEMBER.wrapping_public[: 2 * 1184] + "00" * 32,  # an X25519 point of small order
         MEMBER.wrapping_public[: 2 * 1184] + "01" + "00" * 31,
@@ -242,7 +242,9 @@ def test_a_confirmation_of_something_else(epoch, study, hospital):
         check_confirmation(EPOCH, study_hash=STUDY, hospital="bonn", confirmation=given)
 
 
-@pytest.mark.parametrize("given", ["", "0" * 64, "not hex", "ä" * 64, "\ud800", EPOCH.key_id])
+@pytest.mark.parametrize(
+    "given", ["", "0" * 64, "not hex", "ä" * 64, "\ud800", pytest.param(EPOCH.key_id, id="key id")]
+)
 def test_what_is_not_a_confirmation(given):
     with pytest.raises(CryptoError, match="KEY_CONFIRM"):
         check_confirmation(EPOCH, study_hash=STUDY, hospital="bonn", confirmation=given)
