@@ -31,7 +31,6 @@ from _quality import ROOT, shared_data, to_toml
 from _results import machine, write
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
-from fedmedgan.cli.study import read_study
 from fedmedgan.client.data.patients import PatientImages, load_patients
 from fedmedgan.client.release import pictures
 from fedmedgan.client.release.evaluate import Utility, split_patients, train_once_test_on_each
@@ -161,17 +160,32 @@ def study_values(
 ) -> dict[str, Any]:
     """The agreement of the four sites; each declares its number of patients, rounded down to tens.
 
-    All else is the built-in study's. Its learning rates and norms were searched on phantoms and on PneumoniaMNIST,
-    whose radiographs are of the same hospital as gwcmc's.
+    The settings were searched with the sites' own radiographs as the test set, public ones: the patients held out took
+    no part. With so few patients a site a narrow discriminator is worth most: less noise, and labels are learned.
     """
-    patients, built_in = {site: _count_patients(work / "sites" / site) // 10 * 10 for site in SITES}, read_study(None)
+    patients = {site: _count_patients(work / "sites" / site) // 10 * 10 for site in SITES}
     return {
         "name": "chest-xray",
         "sites": [{"name": site, "patients": count} for site, count in patients.items()],
         "images": {"size": SIZE, "classes": list(CLASSES), "modalities": ["CR", "DX"]},
-        "gan": built_in.gan.model_dump(),
-        "training": built_in.training.model_dump()
-        | {"rounds": rounds, "local_steps": local_steps, "patients_per_step": patients_per_step},
+        "gan": {
+            "recipe": "acgan",
+            "latent": 32,
+            "generator_width": 16,
+            "discriminator_width": 4,
+            "norm": "none",
+            "generator_norm": "batch",
+            "ema": 0.95,
+        },
+        "training": {
+            "rounds": rounds,
+            "local_steps": local_steps,
+            "patients_per_step": patients_per_step,
+            "discriminator_steps": 4,
+            "discriminator_lr": 2e-3,
+            "generator_lr": 2e-3,
+            "real_label": 0.9,
+        },
         "privacy": {"epsilon": epsilon, "delta": 1e-4},
     }
 
@@ -308,8 +322,8 @@ on this page are synthetic.
 * The two hospitals differ in more than pneumonia: children against mostly adults, other machines. A high score
   over both may come from either; that is why the table also gives each alone.
 * The labels are those that were published: graded by physicians at gwcmc, mined from reports at nih.
-* Learning rates and norms are the built-in study's. They were searched on phantoms and on PneumoniaMNIST, whose
-  radiographs come from the hospital of gwcmc.
+* The settings (recipe, widths, rates, batch) were searched in about ten short runs with the sites' own radiographs as
+  the test set: public data allow it. The patients held out took no part.
 * Epsilon covers training. The scores are computed from held-out patients without noise: public data allow it.
 * The arm without privacy exists in simulation only.
 
@@ -358,7 +372,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder outside the repository; default: a new temporary one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--local-steps", type=int, default=20)
-    parser.add_argument("--patients-per-step", type=int, default=32)
+    parser.add_argument("--patients-per-step", type=int, default=48)
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()

@@ -2,11 +2,11 @@
 
     make bench-private-step
 
-The built-in discriminator at the study's default width and four times as wide, a Poisson batch of its expected size and
-as many fakes. `plain` is backward and Adam; `hooks` is Opacus' GradSampleModule and DPOptimizer with our noise; `fast`
-is the step that a study runs; `watched` is that with a witness. Time is processor time of one thread, medians of
-turns (all four in each turn): other work on the machine does not count. Memory is the peak of what torch's allocator
-handed out in the first step, over what was there before.
+The built-in study's discriminator, the same four times as wide, and with the group norm that a study has by default; a
+Poisson batch of its expected size and as many fakes. `plain` is backward and Adam; `hooks` is Opacus' GradSampleModule
+and DPOptimizer with our noise; `fast` is the step that a study runs; `watched` is that with a witness. Time is that of
+one thread on the processor, medians of turns (all four in each turn): other work on the machine does not count. Memory
+is the peak of what torch's allocator handed out in the first step, over what was there before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from _results import write
@@ -27,17 +28,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from fedmedgan.cli.study import read_study
 from fedmedgan.client.gans.cdcgan import Discriminator
 from fedmedgan.client.training.private_step import PrivateStep
 from fedmedgan.client.training.randomness import SystemRandom, round_to_grid
 from fedmedgan.client.training.witness import Witness
-from fedmedgan.shared.study import Gan, Images
+from fedmedgan.shared.study import Images
 
 TURNS, SECONDS = 15, 40.0
 """Of each case: at least so many turns, and turns for at least so long."""
-CASES = [(28, 256, 8), (28, 256, 32), (64, 128, 8), (64, 128, 32)]
-"""Pixels, patients in a step, width of the discriminator."""
-DEFAULT_WIDTH = Gan().discriminator_width
+BUILT_IN = read_study(None).gan
+WIDTH = BUILT_IN.discriminator_width
+NETWORKS: dict[str, dict[str, Any]] = {
+    "": {},
+    "_wide": {"discriminator_width": 4 * WIDTH},
+    "_group_norm": {"norm": "group"},
+    "_wide_group_norm": {"norm": "group", "discriminator_width": 4 * WIDTH},
+}
+"""What is another than in the built-in study, by the end of the figures' names."""
+CASES = [(size, patients, network) for size, patients in ((28, 256), (64, 128)) for network in NETWORKS]
+"""Pixels, patients in a step, network."""
 SIGMA, CLIP_NORM, LEARNING_RATE = 1.0, 1.0, 1e-4
 
 Step = Callable[[], object]
@@ -48,9 +58,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # images need no gradient
     rows = [row for case in CASES for row in _measure(*case)]
     figures: dict[str, float] = {}
-    for size, patients, width in CASES:
-        name = f"{size}_b{patients}" + ("" if width == DEFAULT_WIDTH else "_wide")
-        of = {r["step"]: r for r in rows if (r["pixels"], r["width"]) == (size, width)}
+    for size, patients, network in CASES:
+        name = f"{size}_b{patients}{network}"
+        of = {r["step"]: r for r in rows if (r["pixels"], r["network"]) == (size, network)}
         figures[f"hooks_over_fast_{name}"] = of["hooks"]["cpu_s"] / of["fast"]["cpu_s"]
         figures[f"fast_over_plain_{name}"] = of["fast"]["cpu_s"] / of["plain"]["cpu_s"]
         figures[f"fast_over_hooks_memory_{name}"] = of["fast"]["peak_mb"] / of["hooks"]["peak_mb"]
@@ -65,13 +75,14 @@ def main() -> None:
         notes=[
             "cpu_s: processor seconds of one thread, median of turns in which all steps take part",
             "peak_mb: torch's allocator in the first step, over what was there before; Adam's state is in it",
-            "wide: four times the default width of the discriminator",
+            "wide: four times as wide as the built-in study's discriminator, which has no norm; group_norm: with one",
         ],
     )
 
 
-def _measure(size: int, patients: int, width: int) -> list[dict]:
-    network = Discriminator(Images(size=size), Gan(discriminator_width=width))
+def _measure(size: int, patients: int, name: str) -> list[dict]:
+    gan = BUILT_IN.model_copy(update=NETWORKS[name])
+    network = Discriminator(Images(size=size), gan)
     labels = torch.arange(2 * patients) % 2
     is_real = (torch.arange(2 * patients) < patients).float()
     inputs = [torch.rand(2 * patients, 1, size, size) * 2 - 1, labels, is_real]
@@ -92,7 +103,9 @@ def _measure(size: int, patients: int, width: int) -> list[dict]:
             "step": name,
             "pixels": size,
             "rows": 2 * patients,
-            "width": width,
+            "network": name,
+            "width": gan.discriminator_width,
+            "norm": gan.norm,
             "weights": weights,
             "turns": len(seconds[name]),
             "cpu_s": statistics.median(seconds[name]),
@@ -180,9 +193,9 @@ def _peak_bytes(step: Step) -> int:
 
 
 def _show(rows: list[dict], figures: dict[str, float]) -> None:
-    table = Table("pixels", "rows", "width", "weights", "step", "ms", "peak MB")
+    table = Table("pixels", "rows", "width", "norm", "weights", "step", "ms", "peak MB")
     for row in rows:
-        shape = (str(row[key]) for key in ("pixels", "rows", "width", "weights"))
+        shape = (str(row[key]) for key in ("pixels", "rows", "width", "norm", "weights"))
         table.add_row(*shape, row["step"], f"{row['cpu_s'] * 1e3:.0f}", f"{row['peak_mb']:.0f}")
     console = Console()
     console.print(table)
