@@ -80,14 +80,15 @@ def main() -> None:
     )
 
 
-def _measure(size: int, patients: int, name: str) -> list[dict]:
-    gan = BUILT_IN.model_copy(update=NETWORKS[name])
-    network = Discriminator(Images(size=size), gan)
+def _measure(size: int, patients: int, network: str) -> list[dict]:
+    gan = BUILT_IN.model_copy(update=NETWORKS[network])
+    discriminator = Discriminator(Images(size=size), gan)
     labels = torch.arange(2 * patients) % 2
     is_real = (torch.arange(2 * patients) < patients).float()
     inputs = [torch.rand(2 * patients, 1, size, size) * 2 - 1, labels, is_real]
     steps = {
-        make.__name__.strip("_"): make(copy.deepcopy(network), inputs) for make in (_plain, _hooks, _fast, _watched)
+        make.__name__.strip("_"): make(copy.deepcopy(discriminator), inputs)
+        for make in (_plain, _hooks, _fast, _watched)
     }
     peaks = {name: _peak_bytes(step) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -97,13 +98,13 @@ def _measure(size: int, patients: int, name: str) -> list[dict]:
             start = time.process_time()
             step()
             seconds[name].append(time.process_time() - start)
-    weights = sum(p.numel() for p in network.parameters())
+    weights = sum(p.numel() for p in discriminator.parameters())
     return [
         {
             "step": name,
             "pixels": size,
             "rows": 2 * patients,
-            "network": name,
+            "network": network,
             "width": gan.discriminator_width,
             "norm": gan.norm,
             "weights": weights,

@@ -56,8 +56,8 @@ def anomaly(
     study = hospital.study
     held_against = study.images.classes[0] if normal is None else normal
     place = _place(study, held_against)
-    if out is not None and out.exists():
-        raise RunError("RUN_PATH", "the file exists already", str(out), hint="choose another name")
+    if out is not None:
+        output.refuse_existing(out)
     given = load_any(images, study.images.size, study.images.modalities)
     discriminator = None if study.gan.minibatch_stddev else hospital.own_discriminator()
     log = Console(stderr=True, highlight=False)

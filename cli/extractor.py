@@ -42,8 +42,7 @@ def extractor(
         raise RunError("RUN_USAGE", f"no study has images of {size} pixels", "--size", hint=hint)
     if modality and data is None:
         raise RunError("RUN_USAGE", "phantoms are of one modality", "--modality", hint="give --data, or leave it out")
-    if out.exists():
-        raise RunError("RUN_PATH", "the file exists already", str(out), hint="choose another name")
+    output.refuse_existing(out)
     found = _of_phantoms(size) if data is None else _of_public_images(data, size, modality)
     try:
         digest = found.save(out)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import typer
 from rich.console import Console
 
-from fedmedgan.shared.errors import FedMedGanError
+from fedmedgan.shared.errors import FedMedGanError, RunError
 
 SCHEMA_VERSION = "1"
 
@@ -29,6 +30,12 @@ def use_format(name: Literal["human", "json"]) -> None:
 
 def wants_json() -> bool:
     return _format == "json"
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises RunError RUN_PATH where a file that is to be written is there already."""
+    if path.exists():
+        raise RunError("RUN_PATH", "the file exists already", str(path), hint="choose another name")
 
 
 def console() -> Console:

@@ -36,8 +36,7 @@ def pretrain(
     Prints the lines that belong into the study. Each hospital is given the file: `fedmedgan study sign --weights FILE`.
     """
     study = load(study_file)
-    if out.exists():
-        raise RunError("RUN_PATH", "the file exists already", str(out), hint="choose another name")
+    output.refuse_existing(out)
     # Imports of seconds (torch), so that `fedmedgan --help` answers at once.
     from fedmedgan.client import checkpoint, pretraining
     from fedmedgan.client.gans import recipe

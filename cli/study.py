@@ -37,8 +37,7 @@ def read_study(path: Path | None) -> Study:
 @app.command()
 def new(path: Annotated[Path, typer.Argument(help="File to write; must not exist.")] = Path("study.toml")) -> None:
     """Write a commented example."""
-    if path.exists():
-        raise RunError("RUN_PATH", "the file exists already", str(path), hint="choose another name")
+    output.refuse_existing(path)
     try:
         shutil.copyfile(DEFAULT_STUDY, path)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Named places where a test may end the process, as a power failure would: no cleanup, no flush.
 
 A process that finds ``FEDMEDGAN_CRASH_AT=name`` in its environment dies at that point with exit code 137. The list is
-complete: `point` refuses a name that is not on it, and the fault sweep (benchmarks/faults.py) goes through all of it.
+complete: `point` refuses a name that is not on it, and benchmarks/faults/protocol.py goes through all of it.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Gan(_Part):
     generator_norm: Literal["group", "instance", "none", "batch"] = "group"
     """Normalisation of the generator. "batch" is safe where the generator sees no patient."""
     attention: bool = False
-    """Self-attention at the 8 x 8 grid (SAGAN, Zhang et al. 2019)."""
+    """Self-attention at the 8 x 8 grid, 7 x 7 at 28 pixels (SAGAN, Zhang et al. 2019)."""
     weight_norm: bool = False
     """Weight normalisation of the convolutions of the discriminator's trunk (Salimans and Kingma 2016)."""
     minibatch_stddev: bool = False
@@ -269,7 +269,7 @@ class Study(_Part):
         """The site of that name.
 
         Raises:
-            StudyError: CONFIG_RANGE, no site has that name.
+            StudyError: STUDY_ROSTER, no site has that name.
         """
         return self.sites[self.index(name)]
 

@@ -32,7 +32,7 @@ def facts(study: Study) -> dict[str, Any]:
     return {
         "name": study.gan.recipe,
         "task": study.gan.task or None,
-        "task_in_words": TASKS.get(study.gan.task),
+        "task_in_words": TASKS.get(study.gan.task, study.gan.task) or None,
         "reads_patients": ["discriminator", "generator"] if is_translation(study) else ["discriminator"],
         "shared": ["generator"] if study.aggregation.share == "generator" else ["generator", "discriminator"],
         "steps_per_round": study.steps_per_round,

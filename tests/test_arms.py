@@ -97,6 +97,7 @@ def test_a_recipe_of_ones_own_from_image_to_image_is_shown_without_a_score(tmp_p
     assert arms._judged(tmp_path, study, arm, recipe.networks()[0], test) == {}
     assert (tmp_path / "arms" / "federated.png").exists()
     assert recipe.row_names() == ["as the recipe draws them"]
+    assert recipe_words.facts(study)["task_in_words"] == "inpaint", "no other words for it are known"
     assert "no score" in recipe_words.how_judged(study, recipe.judged, scored=False, tested_on=None)
 
 

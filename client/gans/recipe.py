@@ -53,7 +53,7 @@ class Recipe:
     """One GAN family; a file defines a subclass and names it ``RECIPE``.
 
     Args:
-        study: its images and its gan section are what a recipe may read.
+        study: its images, its gan section and what of training belongs to a loss are what a recipe may read.
 
     Raises:
         StudyError: CONFIG_RANGE, the study asks for what this recipe cannot do.

@@ -7,7 +7,7 @@ penalty on fakes      slopes at generated images        Mescheder et al. 2018 (R
 spectral projection   weights after the noise           Yoshida and Miyato 2017, as a projection
 
 Two time scales are two learning rates; label smoothing and views are part of each row's own loss (gans/recipe.py); the
-moving average of the generator is taken over rounds (client/home.py).
+moving average of the generator is taken over rounds (client/shared_model.py).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def norm(kind: str, channels: int) -> nn.Module:
 class SelfAttention(nn.Module):
     """Self-attention over the cells of a grid (SAGAN, Zhang et al. 2019); starts as the identity. Row by row.
 
-    The gain is a 1 x 1 convolution of one channel, so that its gradient is found like any other layer's.
+    In place of a gain that starts at zero, a 1 x 1 convolution that does: its gradient is found like any other layer's.
     """
 
     def __init__(self, channels: int) -> None:
